@@ -1,0 +1,1 @@
+"""TransformerLens adapters and modality layouts, one file per model family."""
