@@ -1,0 +1,233 @@
+"""Switch neurons off, and leave no trace of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from miner_lens.modality import ModalityLayout
+from miner_lens.models import (
+    GatedMLP,
+    gated_mlps,
+    hf_model_of,
+    identity,
+    is_bridge,
+    layout,
+    prepare,
+)
+from miner_lens.neurons import NeuronSet
+
+Value = float | Literal["zero", "min", "mean"]
+Hook = tuple[str, Callable[..., Tensor | None]]
+Neurons = NeuronSet | Mapping[str, NeuronSet]
+
+
+@contextmanager
+def ablate(
+    model: Any,
+    neurons: Neurons,
+    value: Value = "zero",
+    at: str | None = None,
+    complement: bool = False,
+) -> Iterator[None]:
+    """Switch neurons off while the context is open.
+
+    Writes into X, the output of the MLP's activation function, before it is multiplied by the
+    up projection (MINER, section 3.5). Contexts nest, the inner one on top of the outer; hooks,
+    caches and generation inside see the ablated model, and `reset_hooks()` does not end it.
+    Afterwards the model computes what it computed before, bit for bit, also after an exception.
+
+    Args:
+        model: A `TransformerBridge` or a plain Hugging Face model.
+        neurons: The neurons, or what `select` returns, which means all of them.
+        value: `"zero"`, a number, `"min"` (the smallest X of the layer in the same pass, over
+            the sample's real tokens) or `"mean"` (each neuron's mean when it was mined).
+        at: Only at the tokens of this modality; default everywhere.
+        complement: Ablate every neuron of the model but these.
+
+    Raises:
+        ValueError: The neurons are another model's, carry no means for `"mean"`, or the model
+            has no such modality.
+
+    Example:
+        with ml.ablate(model, msns["image"]):
+            logits = model(**inputs)
+    """
+    mlps = gated_mlps(model)
+    write = _Write(model, _union(neurons), value, at, complement)
+    tokens = _Tokens(layout(model) if at is not None else None, at)
+    handles = []
+    try:
+        if write.needs_tokens:
+            hf_model = hf_model_of(model)
+            handles.append(hf_model.register_forward_pre_hook(tokens.see, with_kwargs=True))
+        for layer, index in write.indices(mlps).items():
+            hook = _module_hook(write, tokens, layer, index)
+            handles.append(mlps[layer].activation.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ablation_hooks(
+    model: Any,
+    neurons: Neurons,
+    value: Value = "zero",
+    at: str | None = None,
+    complement: bool = False,
+) -> list[Hook]:
+    """The same ablation as a list for TransformerLens's `run_with_hooks(fwd_hooks=...)`.
+
+    Args are those of `ablate`. With `value="min"`, padding cannot be told from tokens here and
+    counts; use `ablate` for padded batches.
+
+    Raises:
+        ValueError: As `ablate`, or the model is not a `TransformerBridge`.
+    """
+    if not is_bridge(model):
+        raise ValueError(
+            f"ablation_hooks needs a TransformerBridge, got {type(model).__name__}. "
+            "Wrap it with ml.wrap, or use ml.ablate, which takes plain Hugging Face models."
+        )
+    prepare(model)
+    write = _Write(model, _union(neurons), value, at, complement)
+    tokens = _Tokens(layout(model) if at is not None else None, at)
+    hooks: list[Hook] = []
+    if at is not None:
+        hooks.append(("embed.hook_in", tokens.see_ids))
+    for layer, index in write.indices(gated_mlps(model)).items():
+        hooks.append((f"blocks.{layer}.mlp.act.hook_out", _point_hook(write, tokens, layer, index)))
+    return hooks
+
+
+def _union(neurons: Neurons) -> NeuronSet:
+    if isinstance(neurons, NeuronSet):
+        return neurons
+    if not isinstance(neurons, Mapping) or not neurons:
+        raise ValueError(
+            "neurons must be a NeuronSet or a non-empty mapping of modality to NeuronSet, as "
+            f"select returns it, not {type(neurons).__name__}."
+        )
+    first, *rest = neurons.values()
+    for other in rest:
+        first = first | other
+    return first
+
+
+class _Tokens:
+    """Remembers the tokens of the pass that is running: which are real, which are ablated."""
+
+    def __init__(self, layout: ModalityLayout | None, at: str | None) -> None:
+        self.layout = layout
+        self.at = at
+        self.real: Tensor | None = None
+        self.chosen: Tensor | None = None
+        if layout is not None:
+            known = layout.masks(torch.zeros(1, 1, dtype=torch.long))
+            if at not in known:
+                raise ValueError(f"The model has no modality {at!r}; it has {', '.join(known)}.")
+
+    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        self.real = None
+        if mask is not None and mask.ndim == 2 and ids is not None:
+            # While decoding with a cache the mask spans the past as well.
+            self.real = mask[:, -ids.shape[1] :].to(torch.bool)
+        if ids is not None:
+            self.see_ids(ids)
+
+    def see_ids(self, ids: Tensor, hook: Any = None) -> None:
+        if self.layout is not None and self.at is not None:
+            self.chosen = self.layout.masks(ids, self.real)[self.at]
+
+
+class _Write:
+    """What to write into which neurons."""
+
+    def __init__(
+        self, model: Any, neurons: NeuronSet, value: Value, at: str | None, complement: bool
+    ) -> None:
+        if neurons.identity is not None:
+            neurons.identity.check(identity(model, neurons.site))
+        else:
+            _check_shape(model, neurons)
+        if isinstance(value, str) and value not in ("zero", "min", "mean"):
+            raise ValueError(f"value must be 'zero', 'min', 'mean' or a number, not {value!r}.")
+        if value == "mean" and neurons.means is None:
+            raise ValueError(
+                "value='mean' needs each neuron's mined mean, and this NeuronSet carries none. "
+                "Select it from scores that ml.mine computed, or give a number."
+            )
+        self.neurons = ~neurons if complement else neurons
+        self.value = value
+        self.at = at
+        self.needs_tokens = at is not None or value == "min"
+
+    def indices(self, mlps: list[GatedMLP]) -> dict[int, Tensor]:
+        """Neurons by layer, on the device where the layer computes."""
+        return {
+            layer: index.to(mlps[layer].gate.weight.device)
+            for layer, index in self.neurons.by_layer().items()
+        }
+
+    def __call__(
+        self,
+        x: Float[Tensor, "batch pos neuron"],
+        layer: int,
+        index: Tensor,
+        real: Bool[Tensor, "batch pos"] | None,
+        chosen: Bool[Tensor, "batch pos"] | None,
+    ) -> Float[Tensor, "batch pos neuron"]:
+        if x.requires_grad:
+            x = x.clone()
+        if self.at is None and isinstance(self.value, int | float):
+            return x.index_fill_(-1, index, self.value)
+        if self.at is None and self.value == "zero":
+            return x.index_fill_(-1, index, 0.0)
+        new: Any
+        if self.value == "zero":
+            new = torch.zeros((), dtype=x.dtype, device=x.device)
+        elif self.value == "min":
+            visible = x if real is None else x.masked_fill(~real.to(x.device)[..., None], torch.inf)
+            new = visible.amin(dim=(-2, -1), keepdim=True)
+        elif self.value == "mean":
+            assert self.neurons.means is not None
+            new = self.neurons.means[layer].to(x.device, x.dtype)[index]
+        else:
+            new = torch.tensor(self.value, dtype=x.dtype, device=x.device)
+        old = x.index_select(-1, index)
+        if chosen is not None:
+            new = torch.where(chosen.to(x.device)[..., None], new, old)
+        return x.index_copy_(-1, index, new.expand_as(old))
+
+
+def _check_shape(model: Any, neurons: NeuronSet) -> None:
+    mlps = gated_mlps(model)
+    shape = (len(mlps), mlps[0].gate.out_features)
+    if shape != (neurons.layers, neurons.neurons):
+        raise ValueError(
+            f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this model "
+            f"has {shape[0]} x {shape[1]}. Mine again on this model."
+        )
+
+
+def _module_hook(write: _Write, tokens: _Tokens, layer: int, index: Tensor) -> Any:
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        return write(output, layer, index, tokens.real, tokens.chosen)
+
+    return hook
+
+
+def _point_hook(write: _Write, tokens: _Tokens, layer: int, index: Tensor) -> Any:
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        # What a hook point hands out may be cached by others, so it is not changed in place.
+        return write(x.clone(), layer, index, None, tokens.chosen)
+
+    return hook

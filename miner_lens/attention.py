@@ -1,0 +1,167 @@
+"""Queries and keys after RoPE, at TransformerLens's own hook points, while attention stays fused.
+
+TransformerLens gives every rotary attention `hook_rot_q` and `hook_rot_k`, but where it keeps
+the Hugging Face attention (multimodal RoPE needs that) nothing fires them. Hugging Face lets a
+named function compute attention from queries and keys after RoPE; the ones registered here fire
+those hook points and then do what the built-in function of that name does, bit for bit.
+
+A name must also be registered for mask creation: without it transformers builds no mask at all
+and the decoder silently attends to the future.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+
+HOOKED = {"eager": "hooked_eager", "sdpa": "hooked_sdpa"}
+UNMASKED = "hooked_unmasked"
+
+Output = tuple[Tensor, Tensor | None]
+
+_bridges: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def install(attentions: list[Any]) -> None:
+    """Make native attention bridges fire `hook_rot_q` and `hook_rot_k`.
+
+    Idempotent. The computation stays what the config names (eager or sdpa), bit for bit; with
+    sdpa, a layer whose `hook_pattern` is being read computes its pattern explicitly.
+
+    Args:
+        attentions: TransformerLens attention bridges, one per layer. Those that rebuild
+            attention themselves fire the hooks already and are left alone.
+    """
+    for bridge in attentions:
+        original = getattr(bridge, "original_component", None)
+        if original is None or not getattr(bridge, "maintain_native_attention", False):
+            continue
+        _bridges[id(original)] = bridge
+        config = original.config
+        name = config._attn_implementation
+        config._attn_implementation = HOOKED.get(name, name)
+
+
+@contextmanager
+def implementation(attentions: list[Any], name: str) -> Iterator[None]:
+    """Compute attention by the named function, and by the former one again afterwards."""
+    configs = {id(c): c for c in (_config(bridge) for bridge in attentions) if c is not None}
+    former = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = former[key]
+
+
+def is_eager(attentions: list[Any]) -> bool:
+    """Whether native attention computes its pattern explicitly, which takes time and memory."""
+    configs = [config for config in map(_config, attentions) if config is not None]
+    return any(config._attn_implementation in ("eager", HOOKED["eager"]) for config in configs)
+
+
+@contextmanager
+def unmasked(model: Any) -> Iterator[None]:
+    """Run the decoder without its causal mask, as the reference numbers were made.
+
+    Not how the model was trained. Only for comparing with numbers from code that lost the mask;
+    to score with attention that ignores causality on the real model's activations, use
+    `ml.mine(..., attention="bidirectional")`.
+    """
+    from miner_lens.models import prepare
+
+    with implementation([block.attn for block in prepare(model).blocks], UNMASKED):
+        yield
+
+
+def _config(bridge: Any) -> Any:
+    if not getattr(bridge, "maintain_native_attention", False):
+        return None
+    return getattr(bridge.original_component, "config", None)
+
+
+def _rotated(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Any, Tensor, Tensor]:
+    bridge: Any = _bridges.get(id(module))
+    if bridge is None or not hasattr(bridge, "hook_rot_q"):
+        return bridge, query, key
+    return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
+
+
+def _eager(module: nn.Module) -> Callable[..., Output]:
+    """The model family's own eager attention, with its own soft caps or sinks."""
+    function: Callable[..., Output] = vars(sys.modules[type(module).__module__])[
+        "eager_attention_forward"
+    ]
+    return function
+
+
+def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """Turn the mask that sdpa takes (boolean, or None with a causal flag) into one to add."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if queries == 1 or not causal:
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(keys - queries)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+
+
+def _hooked_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Output:
+    _, query, key = _rotated(module, query, key)
+    return _eager(module)(module, query, key, value, mask, **kwargs)
+
+
+def _hooked_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Output:
+    bridge, query, key = _rotated(module, query, key)
+    if bridge is not None and (bridge.hook_pattern.has_hooks() or _reads_scores(bridge)):
+        causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+        mask = _additive(mask, causal, query, key)
+        return _eager(module)(module, query, key, value, mask, **kwargs)
+    output: Output = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return output
+
+
+def _hooked_unmasked(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Output:
+    return _hooked_sdpa(module, query, key, value, mask, **(kwargs | {"is_causal": False}))
+
+
+def _reads_scores(bridge: Any) -> bool:
+    return bool(bridge.hook_attn_scores.has_hooks())
+
+
+def _unmasked_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    options = {
+        "mask_function": bidirectional_mask_function,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": True,
+    }
+    mask: Tensor | None = sdpa_mask(*args, **(kwargs | options))
+    return mask
+
+
+AttentionInterface.register(HOOKED["eager"], _hooked_eager)
+AttentionMaskInterface.register(HOOKED["eager"], eager_mask)
+AttentionInterface.register(HOOKED["sdpa"], _hooked_sdpa)
+AttentionMaskInterface.register(HOOKED["sdpa"], sdpa_mask)
+AttentionInterface.register(UNMASKED, _hooked_unmasked)
+AttentionMaskInterface.register(UNMASKED, _unmasked_mask)

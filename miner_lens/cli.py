@@ -1,0 +1,151 @@
+"""The `miner-lens` command: each subcommand is a thin layer over the API.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Find modality-specific neurons in multimodal language models and switch them off.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or organism name.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
+    samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 200,
+) -> None:
+    """Mine a small trained Qwen2-VL, switch its neurons off, compare with random ones."""
+    from miner_lens.demo import run_demo
+
+    run_demo(out, samples)
+
+
+@app.command()
+def info(model: Model) -> None:
+    """Show a model's sites, layers, neurons and modalities."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from miner_lens import models
+
+    bridge = _load(model)
+    who = models.identity(bridge)
+    known = models.layout(bridge)
+    table = Table(title=f"{who.name} ({who.architecture})")
+    for column in ("site", "layers", "neurons per layer", "modalities"):
+        table.add_column(column)
+    modalities = ", ".join(["text", "special", *known.media])
+    table.add_row(who.site, str(who.layers), str(who.neurons), modalities)
+    Console().print(table)
+
+
+@app.command()
+def mine(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where to save the scores.")],
+    data: Annotated[str, typer.Option(help="Data set.")] = "easy-vqa",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
+    ask: Annotated[str, typer.Option(help="Input modality of easy-vqa: image, text.")] = "image",
+    limit: Annotated[int | None, typer.Option(help="Stop after this many samples.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 1,
+    attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
+    on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",
+) -> None:
+    """Score every neuron by modality and save the scores."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples = ml.datasets.load(data, split=split, limit=limit, ask=ask)
+        scores = ml.mine(
+            _load(model),
+            samples,
+            attention=attention,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            on_error=on_error,  # type: ignore[arg-type]
+        )
+        scores.save(out)
+    typer.echo(repr(scores))
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Argument(help="Scores that `mine` saved.")],
+    out: Annotated[Path, typer.Option(help="Folder for one file per modality.")],
+    ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
+    strategy: Annotated[str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform.")] = "LA_MU",
+    split: Annotated[str, typer.Option(help="How tokens are split.")] = "special_text_separate",
+    seed: Annotated[int, typer.Option(help="Seed of the random strategy.")] = 0,
+) -> None:
+    """Select modality-specific neurons from scores."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        chosen = ml.ImportanceScores.load(scores).select(ratio, strategy, split=split, seed=seed)
+        out.mkdir(parents=True, exist_ok=True)
+        for modality, neurons in chosen.items():
+            neurons.save(out / f"neurons-{modality}.safetensors")
+            typer.echo(f"{modality}: {neurons!r}")
+
+
+@app.command()
+def ablate(
+    model: Model,
+    neurons: Annotated[list[Path], typer.Argument(help="Neuron files that `select` saved.")],
+    question: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="An image to ask about.")] = None,
+    value: Annotated[str, typer.Option(help="zero, min, mean or a number.")] = "zero",
+    at: Annotated[str | None, typer.Option(help="Only at this modality's tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 32,
+) -> None:
+    """Answer a question with and without the neurons."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        bridge = _load(model)
+        chosen = {str(path): ml.NeuronSet.load(path) for path in neurons}
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image", "image": image})
+        messages = [{"role": "user", "content": content}]
+        intact = ml.generate(bridge, messages, max_new_tokens)
+        with ml.ablate(bridge, chosen, _value(value), at=at):
+            ablated = ml.generate(bridge, messages, max_new_tokens)
+    typer.echo(f"intact:  {intact}")
+    typer.echo(f"ablated: {ablated}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _load(model: str) -> Any:
+    import miner_lens as ml
+
+    with _clear_errors():
+        return ml.load(model)
+
+
+class _clear_errors:  # noqa: N801 (reads as a statement)
+    """Print what was wrong instead of a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, ValueError | OSError | ImportError):
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error

@@ -1,0 +1,176 @@
+"""The main job on a model organism: mine, select, switch off, compare with random neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from miner_lens import datasets, plots
+from miner_lens.ablation import ablate
+from miner_lens.evaluation import Questions, accuracy, render
+from miner_lens.importance import mine
+from miner_lens.models import load
+from miner_lens.neurons import NeuronSet
+from miner_lens.scores import ImportanceScores
+
+RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+SHOWN_RATIO = 0.02
+SEEDS = (0, 1, 2, 3, 4)
+INPUTS = ("image", "text")
+ANSWER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something to switch off: one set of neurons, or several random ones of the same size.
+
+    Attributes:
+        off: What the tables call it.
+        ratio: The ratio at which it was selected.
+        sets: The sets whose accuracies are averaged.
+    """
+
+    off: str
+    ratio: float
+    sets: tuple[NeuronSet, ...]
+
+
+def run_demo(out: Path, samples: int = 200, console: Console | None = None) -> pd.DataFrame:
+    """Mine the `shapes` organism on easy-VQA's test split and switch its neurons off.
+
+    Args:
+        out: Folder for scores, neuron sets, the table (CSV) and two figures; made if needed.
+        samples: How many questions to ask in each input modality.
+        console: Where to print; default the terminal.
+
+    Returns:
+        One row for each input modality and condition: `input`, `off`, `ratio`, `neurons`,
+        `accuracy` (over seeds: their mean), `spread` (their standard deviation), `samples`.
+    """
+    console = console or Console()
+    out.mkdir(parents=True, exist_ok=True)
+    model = load("shapes", device="cpu")
+    data = {ask: datasets.load("easy-vqa", limit=samples, ask=ask) for ask in INPUTS}
+
+    console.print(f"Mining [bold]shapes[/] over {samples} questions in each input modality")
+    scores = ImportanceScores.mean([mine(model, data[ask], batch_size=16) for ask in INPUTS])
+    scores.save(out / "scores.safetensors")
+    chosen = scores.select(SHOWN_RATIO)
+    for modality, neurons in chosen.items():
+        neurons.save(out / f"neurons-{modality}.safetensors")
+
+    questions = {ask: list(render(model, data[ask], batch_size=50)) for ask in INPUTS}
+    table = _measure(model, scores, questions, console)
+    table.to_csv(out / "accuracy.csv", index=False)
+    plots.accuracy_by_ratio(table).savefig(out / "accuracy.png")
+    plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
+    _report(console, table, chosen, out)
+    return table
+
+
+def conditions(scores: ImportanceScores, ratio: float) -> Iterator[Condition]:
+    """Each modality's MSNs, all of them, and random neurons as many as each of the two."""
+    chosen = scores.select(ratio)
+    everything = NeuronSet.union(chosen.values())
+    for modality, neurons in chosen.items():
+        yield Condition(modality, ratio, (neurons,))
+    yield Condition("all MSNs", ratio, (everything,))
+    one = next(iter(chosen.values()))
+    for name, like in (("random, as one modality", one), ("random, as all MSNs", everything)):
+        sets = tuple(NeuronSet.random(len(like), like=like, seed=seed) for seed in SEEDS)
+        yield Condition(name, ratio, sets)
+
+
+def _measure(
+    model: Any,
+    scores: ImportanceScores,
+    questions: dict[str, list[Questions]],
+    console: Console,
+) -> pd.DataFrame:
+    rows = []
+    for ask, rendered in questions.items():
+        intact = accuracy(model, rendered, max_new_tokens=ANSWER_TOKENS)
+        rows.append(_row(ask, "nothing", None, 0, [intact], rendered))
+    plan = [condition for ratio in RATIOS for condition in conditions(scores, ratio)]
+    for condition in track(plan, description="Switching off", console=console):
+        for ask, rendered in questions.items():
+            measured = []
+            for neurons in condition.sets:
+                with ablate(model, neurons):
+                    measured.append(accuracy(model, rendered, max_new_tokens=ANSWER_TOKENS))
+            size = round(mean(map(len, condition.sets)))
+            rows.append(_row(ask, condition.off, condition.ratio, size, measured, rendered))
+    return pd.DataFrame(rows)
+
+
+def _row(
+    ask: str,
+    off: str,
+    ratio: float | None,
+    neurons: int,
+    measured: list[float],
+    rendered: list[Questions],
+) -> dict[str, Any]:
+    return {
+        "input": ask,
+        "off": off,
+        "ratio": ratio,
+        "neurons": neurons,
+        "accuracy": mean(measured),
+        "spread": stdev(measured) if len(measured) > 1 else None,
+        "samples": sum(len(questions.samples) for questions in rendered),
+    }
+
+
+def _report(console: Console, table: pd.DataFrame, chosen: dict[str, NeuronSet], out: Path) -> None:
+    for ratio in RATIOS:
+        rows = table[table["ratio"].isna() | (table["ratio"] == ratio)]
+        console.print(_accuracies(rows, ratio))
+    shown = table[table["ratio"] == SHOWN_RATIO]
+    for ask in INPUTS:
+        console.print(_finding(table, shown, ask))
+    sizes = ", ".join(f"{len(neurons)} {modality}" for modality, neurons in chosen.items())
+    console.print(f"Selected at {SHOWN_RATIO:.0%}: {sizes} neurons. Saved in {out}/.")
+
+
+def _accuracies(rows: pd.DataFrame, ratio: float) -> Table:
+    shown = Table(title=f"Accuracy with {ratio:.1%} of the neurons selected")
+    shown.add_column("switched off")
+    shown.add_column("neurons", justify="right")
+    for ask in INPUTS:
+        shown.add_column(f"from the {ask}", justify="right")
+    for off, group in rows.groupby("off", sort=False):
+        cells = []
+        for ask in INPUTS:
+            row = group[group["input"] == ask].iloc[0]
+            spread = "" if pd.isna(row["spread"]) else f" ± {row['spread']:.3f}"
+            cells.append(f"{row['accuracy']:.3f}{spread}")
+        shown.add_row(str(off), str(group["neurons"].iloc[0]), *cells)
+    return shown
+
+
+def _finding(table: pd.DataFrame, shown: pd.DataFrame, ask: str) -> str:
+    """One sentence on what the modality's own neurons do, beside as many random ones."""
+
+    def drop(off: str) -> float:
+        rows = shown[(shown["input"] == ask) & (shown["off"] == off)]
+        return float(intact - rows["accuracy"].iloc[0])
+
+    intact = table[(table["input"] == ask) & (table["off"] == "nothing")]["accuracy"].iloc[0]
+    random = shown[(shown["input"] == ask) & (shown["off"] == "random, as one modality")]
+    own, chance = drop(ask), drop("random, as one modality")
+    spread = float(random["spread"].iloc[0])
+    beyond = "more than" if own > chance + 2 * spread else "no more than"
+    return (
+        f"Asked about the {ask}, switching off its own MSNs at {SHOWN_RATIO:.0%} costs "
+        f"{own:+.3f} accuracy; as many random neurons cost {chance:+.3f} ± {spread:.3f}: "
+        f"{beyond} chance."
+    )

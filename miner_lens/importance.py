@@ -1,0 +1,279 @@
+"""MINER's importance scores as an analyzer: stages 1 to 3 in one streaming pass."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from miner_lens import kernels
+from miner_lens.analyzer import Batch, Data, Hook, OnError, State, run
+from miner_lens.identity import ModelIdentity
+from miner_lens.models import identity, layout, prepare
+from miner_lens.sample import SampleError
+from miner_lens.scores import ImportanceScores
+
+AttentionMode = Literal["bidirectional", "causal"]
+
+
+class ImportanceAnalyzer:
+    """Scores every decoder neuron by modality (MINER, section 3.2 to 3.3).
+
+    Args:
+        attention: Which attention weighs the tokens: `"bidirectional"`, the head mean of
+            softmax(QK^T / sqrt d) without a causal mask, as the published code computes it, or
+            `"causal"`, the pattern that the model really has.
+        data: A name of the data set, kept with the scores.
+    """
+
+    def __init__(self, attention: AttentionMode = "bidirectional", data: str | None = None) -> None:
+        if attention not in ("bidirectional", "causal"):
+            raise ValueError(f"attention must be 'bidirectional' or 'causal', not {attention!r}.")
+        self.attention = attention
+        self.data = data
+        self.identity: ModelIdentity | None = None
+        self.modalities: tuple[str, ...] = ()
+        self._samples = 0
+        self._occurrences: dict[str, int] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
+        self._pass: _Pass | None = None
+
+    def hooks(self, model: Any, batch: Batch | None = None) -> list[Hook]:
+        """Hooks on Q and K after RoPE and on X of every layer; see `Analyzer.hooks`."""
+        prepare(model)
+        self._remember(identity(model))
+        if batch is not None:
+            self._pass = _Pass(batch.masks, batch.real, self.attention == "causal")
+            return self._pass.hooks(len(model.blocks))
+        return self._plain_hooks(model)
+
+    def _plain_hooks(self, model: Any) -> list[Hook]:
+        """Hooks for `run_with_hooks`: masks are read off the token ids, all of them real."""
+        known = layout(model)
+        reading = _Pass({}, torch.empty(0), self.attention == "causal")
+        batches: list[Batch] = []
+
+        def begin(ids: Tensor, hook: Any) -> None:
+            masks = known.masks(ids)
+            batches[:] = [Batch({"input_ids": ids}, masks, tuple(map(str, range(len(ids)))))]
+            reading.begin(masks, batches[0].real)
+            self._pass = reading
+
+        def end(residual: Tensor, hook: Any) -> None:
+            self.check(batches[0])
+            self.update(batches[0])
+
+        inner = reading.hooks(len(model.blocks))
+        return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
+
+    def check(self, batch: Batch) -> None:
+        """Raise `SampleError` naming layer and sample where an activation is NaN or infinite."""
+        seen = self._seen()
+        finite = torch.stack([scores.isfinite().all(dim=(1, 2, 3)).cpu() for scores in seen.scores])
+        if bool(finite.all()):
+            return
+        layer, row = (~finite).nonzero()[0].tolist()
+        raise SampleError(
+            f"{batch.ids[row]}: NaN or infinite activations in layer {layer}. Load the model in a "
+            "wider dtype (float32 or bfloat16 rather than float16), or leave the sample out with "
+            "on_error='skip'."
+        )
+
+    def update(self, batch: Batch) -> None:
+        """Add the scores of this batch's samples to the sums."""
+        seen = self._seen()
+        self._samples += len(batch.ids)
+        present = seen.masks.any(dim=2).sum(dim=0).tolist()
+        for index, modality in enumerate(seen.modalities):
+            # The layers of a model may lie on several devices; the sums lie on the first's.
+            scores = torch.stack([s[:, :, index].sum(0).to(seen.device) for s in seen.scores], 1)
+            means = torch.stack([m[:, index].sum(0).to(seen.device) for m in seen.means])
+            self._add(modality, _wide(scores), _wide(means), present[index])
+        self._pass = None
+
+    def merge(self, other: Self) -> Self:
+        """What both have seen together."""
+        if self.attention != other.attention:
+            raise ValueError(
+                f"Cannot merge scores under {self.attention} attention with scores under "
+                f"{other.attention} attention."
+            )
+        merged = type(self)(self.attention, self.data)
+        for part in (self, other):
+            if part.identity is not None:
+                merged._remember(part.identity)
+            merged._samples += part._samples
+            for modality in part.modalities:
+                merged._add(
+                    modality,
+                    part._scores[modality].clone(),
+                    part._means[modality].clone(),
+                    part._occurrences[modality],
+                )
+        return merged
+
+    def state(self) -> State:
+        """Sums of scores and of means by modality, with the counts that they are sums over."""
+        state = {"samples": torch.tensor(self._samples)}
+        for modality in self.modalities:
+            state[f"{modality}.scores"] = self._scores[modality]
+            state[f"{modality}.means"] = self._means[modality]
+            state[f"{modality}.occurrences"] = torch.tensor(self._occurrences[modality])
+        return state
+
+    def restore(self, state: State) -> None:
+        """Continue from what `state` returned."""
+        self._samples = int(state["samples"])
+        self.modalities = ()
+        for key in state:
+            modality, _, field = key.rpartition(".")
+            if field == "scores":
+                self._scores.pop(modality, None)
+                count = int(state[f"{modality}.occurrences"])
+                self._add(modality, state[key].clone(), state[f"{modality}.means"].clone(), count)
+
+    def result(self) -> ImportanceScores:
+        """The mean over samples, in which an absent modality counts as 0."""
+        if self._samples == 0:
+            raise ValueError("No sample has been seen, so there are no scores.")
+        scores = [self._scores[modality] / self._samples for modality in self.modalities]
+        means = [
+            self._means[modality] / max(1, self._occurrences[modality])
+            for modality in self.modalities
+        ]
+        return ImportanceScores(
+            torch.stack(scores, dim=1).float().cpu(),
+            self.modalities,
+            samples=self._samples,
+            occurrences=tuple(self._occurrences[modality] for modality in self.modalities),
+            means=torch.stack(means).float().cpu(),
+            identity=self.identity,
+            info={"attention": self.attention, "data": self.data, "versions": _versions()},
+        )
+
+    def _remember(self, model: ModelIdentity) -> None:
+        if self.identity is not None:
+            self.identity.check(model)
+        self.identity = model
+
+    def _seen(self) -> _Pass:
+        if self._pass is None or not self._pass.scores:
+            raise RuntimeError("The hooks have seen no forward pass since the last update.")
+        return self._pass
+
+    def _add(self, modality: str, scores: Tensor, means: Tensor, occurrences: int) -> None:
+        if modality not in self.modalities:
+            self.modalities = (*self.modalities, modality)
+            self._scores[modality] = scores
+            self._means[modality] = means
+            self._occurrences[modality] = occurrences
+        else:
+            self._scores[modality] += scores
+            self._means[modality] += means
+            self._occurrences[modality] += occurrences
+
+
+class _Pass:
+    """What is seen of one forward pass: scores and mean activations, layer by layer."""
+
+    def __init__(
+        self,
+        masks: dict[str, Bool[Tensor, "batch pos"]],
+        real: Bool[Tensor, "batch pos"],
+        causal: bool,
+    ) -> None:
+        self.causal = causal
+        self.begin(masks, real)
+
+    def begin(
+        self, masks: dict[str, Bool[Tensor, "batch pos"]], real: Bool[Tensor, "batch pos"]
+    ) -> None:
+        self.modalities = tuple(masks)
+        self.masks = torch.stack(list(masks.values()), dim=1) if masks else torch.empty(0)
+        self.real = real
+        self.device = self.masks.device
+        self.scores: list[Float[Tensor, "batch metric modality neuron"]] = []
+        self.means: list[Float[Tensor, "batch modality neuron"]] = []
+        self._query: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    def hooks(self, layers: int) -> list[Hook]:
+        hooks: list[Hook] = []
+        for layer in range(layers):
+            hooks.append((f"blocks.{layer}.attn.hook_rot_q", self._see_query))
+            hooks.append((f"blocks.{layer}.attn.hook_rot_k", self._see_key))
+            hooks.append((f"blocks.{layer}.mlp.act.hook_out", self._see_activation))
+        return hooks
+
+    def _see_query(self, query: Tensor, hook: Any) -> None:
+        self._query = query
+
+    def _see_key(self, key: Tensor, hook: Any) -> None:
+        # TransformerLens hands out [batch pos head d_head].
+        assert self._query is not None
+        real = self.real.to(key.device)
+        pattern = kernels.head_mean_attention(
+            self._query.transpose(1, 2), key.transpose(1, 2), causal=self.causal, mask=real
+        )
+        self._query = None
+        self._sums = kernels.attention_sums(pattern, self.masks.to(key.device))
+
+    def _see_activation(self, x: Tensor, hook: Any) -> None:
+        assert self._sums is not None
+        masks = self.masks.to(x.device)
+        raw = kernels.statistics(x, self._sums.to(x.device), masks)
+        self._sums = None
+        self.scores.append(kernels.normalise(raw, masks))
+        self.means.append(raw[:, kernels.METRICS.index("mean")])
+
+
+def mine(
+    model: Any,
+    data: Data,
+    attention: AttentionMode = "bidirectional",
+    batch_size: int = 1,
+    limit: int | None = None,
+    on_error: OnError = "raise",
+    progress: bool = True,
+) -> ImportanceScores:
+    """Score every neuron by how much each modality's tokens drive it.
+
+    It is `run` with one `ImportanceAnalyzer`; all arguments are theirs.
+
+    Args:
+        model: A `TransformerBridge`, from `ml.load`, `ml.wrap` or TransformerLens itself.
+        data: Samples, or prepared pairs `(model_inputs, masks)`.
+        attention: `"bidirectional"`, as published, or `"causal"`, as the model attends.
+        batch_size: Samples in one forward pass; changes speed, not results.
+        limit: Stop after this many samples.
+        on_error: `"raise"` or `"skip"` samples that cannot be used.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Scores [metric modality layer neuron], each in 0 to 1.
+    """
+    analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None))
+    scores: ImportanceScores = run(
+        model,
+        data,
+        analyzer,
+        batch_size=batch_size,
+        limit=limit,
+        on_error=on_error,
+        progress=progress,
+    )
+    return scores
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float64 where the device has it, so that sums over many samples stay exact."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("miner-lens", "transformer-lens", "transformers", "torch")
+    return {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,397 @@
+"""Models: load one, wrap one, and find the neurons inside it.
+
+Everything here takes a `TransformerBridge`, whoever made it, or a plain Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from miner_lens import organisms
+from miner_lens.identity import ModelIdentity
+from miner_lens.modality import ModalityLayout, layout_for
+from miner_lens.sample import Message, load_media
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, ProcessorMixin
+
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+
+Inputs = dict[str, Any]
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> TransformerBridge:
+    """Load a multimodal model and its processor, ready to be mined.
+
+    Args:
+        name_or_path: A checkpoint folder, a hub id, or the name of a model organism that comes
+            with this package (`"shapes"`).
+        device: Where to put the model; default the accelerator if there is one.
+        dtype: Weight dtype; default the checkpoint's own.
+        device_map: Hugging Face device map, for a model larger than one device.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        A `TransformerBridge` with `.processor` and `.modality_layout`. Its logits equal those
+        of the plain Hugging Face model.
+
+    Raises:
+        ValueError: The model family is unknown, or both `device` and `device_map` are given.
+    """
+    import transformers
+    from transformer_lens.model_bridge.sources.transformers.helpers import (
+        get_hf_model_class_for_architecture,
+    )
+
+    if device is not None and device_map is not None:
+        raise ValueError("Give device or device_map, not both: the map already says where.")
+    path = _resolve(name_or_path)
+    config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    architecture = (config.architectures or [type(config).__name__])[0]
+    _require_adapter(architecture)
+    model = get_hf_model_class_for_architecture(architecture).from_pretrained(
+        path, dtype=dtype, device_map=device_map, revision=revision
+    )
+    if device_map is None:
+        model.to(device or _default_device())
+    return wrap(model.eval(), _load_processor(path, revision))
+
+
+def wrap(
+    hf_model: PreTrainedModel, processor: ProcessorMixin | Any | None = None
+) -> TransformerBridge:
+    """Turn a loaded Hugging Face model into a `TransformerBridge` with neuron hook points.
+
+    The model itself is used, not a copy: TransformerLens puts its components into it.
+
+    Args:
+        hf_model: The model; its weights stay where and what they are.
+        processor: Its processor. Without one, feed prepared inputs instead of messages.
+
+    Raises:
+        ValueError: The model family is unknown or the model is wrapped already.
+    """
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    architecture = type(hf_model).__name__
+    _require_adapter(architecture)
+    if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
+        raise ValueError(
+            f"This {architecture} is inside a TransformerBridge already. "
+            "Use that bridge, or load the model again."
+        )
+    tokenizer = getattr(processor, "tokenizer", None)
+    bridge = build_bridge_from_module(
+        hf_model,
+        architecture,
+        hf_config=copy.deepcopy(hf_model.config),
+        # A copy, because TransformerLens changes the padding and special tokens of what it gets.
+        tokenizer=copy.deepcopy(tokenizer),
+        model_name=model_name(hf_model),
+    )
+    bridge.processor = processor
+    bridge.modality_layout = layout_for(architecture, hf_model.config, tokenizer)
+    return prepare(bridge)
+
+
+def prepare(bridge: Any) -> Any:
+    """Give any `TransformerBridge` the hook points that mining needs.
+
+    These are `blocks.{i}.mlp.act.hook_out` on every gated MLP and live `hook_rot_q` and
+    `hook_rot_k`. Idempotent, and changes no output. Plain Hugging Face models pass unchanged.
+    """
+    if not is_bridge(bridge) or getattr(bridge, "_miner_lens_prepared", False):
+        return bridge
+    from miner_lens import attention
+
+    blocks = list(bridge.blocks)
+    attention.install([block.attn for block in blocks if "attn" in block._modules])
+    added = [_attach_activation(block.mlp) for block in blocks if "mlp" in block._modules]
+    if any(added):
+        bridge._scan_existing_hooks(bridge, "")
+        driver = bridge._driver
+        driver.supported_hook_points |= (
+            frozenset(bridge.hook_dict) - driver.non_fireable_hook_points
+        )
+    bridge._miner_lens_prepared = True
+    return bridge
+
+
+def _attach_activation(mlp: Any) -> bool:
+    """Put a hooked `act` component around the activation function of a gated MLP."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    original = mlp.original_component
+    if "act" in mlp._modules or original is None or "gate" not in mlp._modules:
+        return False
+    for name in ACTIVATION_NAMES:
+        function = original._modules.get(name)
+        if isinstance(function, nn.Module):
+            component = GeneralizedComponent(name=name)
+            component.set_original_component(function)
+            setattr(original, name, component)
+            mlp.add_module("act", component)
+            mlp.real_components["act"] = (name, component)
+            return True
+    return False
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether this is a `TransformerBridge` rather than a plain Hugging Face model."""
+    return hasattr(model, "original_model") and hasattr(model, "hook_dict")
+
+
+def hf_model_of(model: Any) -> Any:
+    """The Hugging Face model inside a bridge, or the model itself."""
+    return model.original_model if is_bridge(model) else model
+
+
+def model_name(model: Any) -> str:
+    """Hub id, or the last part of a local path, so that no machine's paths reach a file."""
+    name = str(getattr(hf_model_of(model).config, "_name_or_path", "") or "")
+    return Path(name).name if name.startswith((".", "/", "~")) or Path(name).is_dir() else name
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """One decoder layer's gated MLP: where its neurons are read and written.
+
+    Attributes:
+        activation: The activation function's module; its output is X, [batch pos neuron].
+        gate: The gate projection, `d_model -> neuron`.
+        down: The down projection, `neuron -> d_model`.
+    """
+
+    activation: nn.Module
+    gate: Any
+    down: Any
+
+
+def gated_mlps(model: Any) -> list[GatedMLP]:
+    """The decoder's gated MLPs, one per layer.
+
+    Raises:
+        ValueError: A layer has no gated MLP, or its weights were folded by compatibility mode,
+            which computes the MLP without its activation module.
+    """
+    hf_model = hf_model_of(model)
+    found = []
+    for index, layer in enumerate(hf_model.get_decoder().layers):
+        mlp = getattr(layer, "mlp", None)
+        activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
+        if not (hasattr(mlp, "gate_proj") and hasattr(mlp, "down_proj")) or activation is None:
+            raise ValueError(
+                f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "
+                f"down_proj and an activation), but {type(mlp).__name__}. Neurons are defined as "
+                "the output of a gated MLP's activation function; this model has none to mine."
+            )
+        if getattr(mlp, "_use_processed_weights", False):
+            raise ValueError(
+                "This bridge is in compatibility mode with processed weights, which computes the "
+                "MLP without its activation module, so neurons can be neither read nor switched "
+                "off. Use the bridge without enable_compatibility_mode(), or with "
+                "enable_compatibility_mode(no_processing=True)."
+            )
+        activation = getattr(activation, "original_component", None) or activation
+        found.append(GatedMLP(activation, mlp.gate_proj, mlp.down_proj))
+    return found
+
+
+def identity(model: Any, site: str = "llm") -> ModelIdentity:
+    """Say which model this is, so that scores and neuron sets can refuse another one.
+
+    The fingerprint hashes a few hundred gate weights of three layers, rounded to bfloat16, so
+    that the dtype in which a checkpoint is loaded does not matter. It is None where weights
+    cannot be read (meta device, offloaded or packed by quantization).
+    """
+    hf_model = hf_model_of(model)
+    mlps = gated_mlps(model)
+    return ModelIdentity(
+        name=model_name(model),
+        architecture=type(hf_model).__name__,
+        layers=len(mlps),
+        neurons=mlps[0].gate.out_features,
+        site=site,
+        fingerprint=_fingerprint(hf_model, mlps),
+    )
+
+
+def _fingerprint(hf_model: nn.Module, mlps: Sequence[GatedMLP]) -> str | None:
+    if hf_model not in _fingerprints:
+        digest = hashlib.sha256()
+        readable = True
+        for index in sorted({0, len(mlps) // 2, len(mlps) - 1}):
+            weight = mlps[index].gate.weight
+            readable &= weight.is_floating_point() and not weight.is_meta
+            if not readable:
+                break
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+        _fingerprints[hf_model] = digest.hexdigest()[:16] if readable else None
+    return _fingerprints[hf_model]
+
+
+def layout(model: Any) -> ModalityLayout:
+    """The modality layout of a model, whoever made the bridge.
+
+    Raises:
+        ValueError: No installed package provides one for this model family.
+    """
+    attached = vars(model).get("modality_layout")
+    if attached is not None:
+        return attached  # type: ignore[no-any-return]
+    hf_model = hf_model_of(model)
+    tokenizer = getattr(getattr(model, "processor", None), "tokenizer", None)
+    tokenizer = tokenizer or vars(model).get("tokenizer") or getattr(model, "tokenizer", None)
+    found = layout_for(type(hf_model).__name__, hf_model.config, tokenizer)
+    if found is None:
+        raise ValueError(
+            f"No modality layout is known for {type(hf_model).__name__}. Pass prepared pairs "
+            "(model_inputs, masks) as data, set model.modality_layout to a ModalityLayout, or "
+            "provide one through the entry-point group 'miner_lens.modalities'."
+        )
+    return found
+
+
+def prepare_inputs(
+    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+) -> Inputs:
+    """Render conversations with the model's processor, on the model's device, left-padded.
+
+    Raises:
+        ValueError: The model has no processor.
+        SampleError: An image or a video cannot be read.
+    """
+    processor = getattr(model, "processor", None)
+    if processor is None:
+        raise ValueError(
+            "This model has no processor, so it cannot read messages. Set model.processor "
+            "(ml.load does), or pass prepared model inputs."
+        )
+    batch = processor.apply_chat_template(
+        [load_media(messages, processor) for messages in conversations],
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+    return to_device(dict(batch), hf_model_of(model).device)
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move the tensors among some model inputs."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def inputs(model: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> Inputs:
+    """Turn messages into what `model(**inputs)` and `model.run_with_cache(**inputs)` take.
+
+    Args:
+        model: A bridge with a processor, or a Hugging Face model with a `.processor`.
+        messages: One conversation in Hugging Face chat format.
+        add_generation_prompt: Whether to end with the opening of the assistant's turn.
+
+    Returns:
+        Keyword arguments on the model's device. The token ids are called `input` for a bridge,
+        as TransformerLens calls them, and `input_ids` for a Hugging Face model.
+    """
+    batch = prepare_inputs(model, [messages], add_generation_prompt)
+    if is_bridge(model):
+        batch = {"input": batch.pop("input_ids"), **batch}
+    return batch
+
+
+def generate(
+    model: Any,
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> str | list[str]:
+    """Answer a conversation, or a batch of them, with all hooks and ablations live.
+
+    Greedy unless `options` say otherwise, and then token for token what plain Hugging Face
+    generation gives. (`TransformerBridge.generate` cannot be used: it feeds the pixels again at
+    each step.)
+
+    Args:
+        model: A bridge with a processor.
+        messages: One conversation in Hugging Face chat format, or a list of conversations.
+        max_new_tokens: How many tokens to generate at most.
+        options: Passed on to Hugging Face's `generate`.
+
+    Returns:
+        The answer, or one answer for each conversation.
+    """
+    single = isinstance(messages[0], dict)
+    conversations: Any = [messages] if single else messages
+    batch = prepare_inputs(model, conversations)
+    answers = generate_from(model, batch, max_new_tokens, **options)
+    return answers[0] if single else answers
+
+
+def generate_from(
+    model: Any, batch: Inputs, max_new_tokens: int = 128, **options: Any
+) -> list[str]:
+    """Answer conversations that `prepare_inputs` has rendered; see `generate`."""
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
+    with torch.no_grad():
+        tokens = hf_model_of(model).generate(**batch, **options)
+    new = tokens[:, batch["input_ids"].shape[1] :]
+    answers: list[str] = model.processor.batch_decode(new, skip_special_tokens=True)
+    return answers
+
+
+def _resolve(name_or_path: str | Path) -> str:
+    name = str(name_or_path)
+    if name in organisms.names() and not Path(name).exists():
+        return str(organisms.path(name))
+    return name
+
+
+def _default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def _load_processor(path: str, revision: str | None) -> Any:
+    """The checkpoint's processor, or None where the folder ships none."""
+    import transformers
+
+    if Path(path).is_dir() and not any(Path(path).glob("*processor_config.json")):
+        return None
+    return transformers.AutoProcessor.from_pretrained(path, revision=revision)
+
+
+def _require_adapter(architecture: str) -> None:
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    ArchitectureAdapterFactory.discover_entry_points()
+    if architecture not in ArchitectureAdapterFactory._adapters:
+        raise ValueError(
+            f"Unknown model family {architecture}: neither TransformerLens nor an installed "
+            "package has an adapter for it. To add one, write a TransformerLens "
+            "ArchitectureAdapter and a modality layout, and name them in the entry-point groups "
+            "'transformer_lens.architectures' and 'miner_lens.modalities'; see "
+            "docs/adding-a-model-family.md."
+        )
