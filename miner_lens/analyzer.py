@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -42,6 +42,7 @@ Data = Iterable[Sample] | Iterable[Prepared]
 OnError = Literal["raise", "skip"]
 State = dict[str, Tensor]
 R = TypeVar("R", covariant=True)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Analyzer(Protocol[R]):
         """Fold what the hooks saw of this batch into the state."""
         ...
 
-    def merge(self, other: Self) -> Self:
+    def merge(self: S, other: S) -> S:
         """A new analyzer that has seen what both have seen."""
         ...
 
@@ -323,7 +324,7 @@ class _Bar:
         self._progress = Progress(*columns, disable=not show)
         self._task = self._progress.add_task("samples", total=total)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Bar:
         self._progress.start()
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -95,14 +95,14 @@ class ImportanceAnalyzer:
             self._add(modality, _wide(scores), _wide(means), present[index])
         self._pass = None
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: ImportanceAnalyzer) -> ImportanceAnalyzer:
         """What both have seen together."""
         if self.attention != other.attention:
             raise ValueError(
                 f"Cannot merge scores under {self.attention} attention with scores under "
                 f"{other.attention} attention."
             )
-        merged = type(self)(self.attention, self.data)
+        merged = ImportanceAnalyzer(self.attention, self.data)
         for part in (self, other):
             if part.identity is not None:
                 merged._remember(part.identity)
