@@ -64,7 +64,8 @@ class Batch:
         """The tokens that are not padding."""
         mask = self.inputs.get("attention_mask")
         if mask is not None:
-            return mask.to(torch.bool)
+            real: Tensor = mask.to(torch.bool)
+            return real
         return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
 
 
@@ -113,6 +114,15 @@ class Analyzer(Protocol[R]):
         ...
 
 
+@runtime_checkable
+class CountsSkipped(Protocol):
+    """An analyzer that keeps count of the samples that `run` skipped."""
+
+    def skip(self, samples: int) -> None:
+        """Count samples that could not be used."""
+        ...
+
+
 def run(
     model: Any,
     data: Data,
@@ -155,20 +165,15 @@ def run(
             seen += len(group)
             skipped += failures
             bar.advance(len(group), skipped)
+            for analyzer in analyzers if failures else ():
+                if isinstance(analyzer, CountsSkipped):
+                    analyzer.skip(failures)
     if seen == 0:
         raise ValueError("There is no data: the iterable of samples is empty.")
     if skipped == seen:
         raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
-    results = []
-    for analyzer in analyzers:
-        results.append(_with_skipped(analyzer.result(), skipped))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _with_skipped(result: Any, skipped: int) -> Any:
-    """Write the number of skipped samples into a result that has an `info`."""
-    with_info = getattr(result, "with_info", None)
-    return with_info(skipped=skipped) if callable(with_info) else result
+    results = tuple(analyzer.result() for analyzer in analyzers)
+    return results[0] if len(results) == 1 else results
 
 
 def _check_arguments(

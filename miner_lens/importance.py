@@ -20,7 +20,7 @@ AttentionMode = Literal["bidirectional", "causal"]
 
 
 class ImportanceAnalyzer:
-    """Scores every decoder neuron by modality (MINER, section 3.2 to 3.3).
+    """Scores every decoder neuron by modality (MINER, stages 1 to 3).
 
     Args:
         attention: Which attention weighs the tokens: `"bidirectional"`, the head mean of
@@ -37,6 +37,7 @@ class ImportanceAnalyzer:
         self.identity: ModelIdentity | None = None
         self.modalities: tuple[str, ...] = ()
         self._samples = 0
+        self._skipped = 0
         self._occurrences: dict[str, int] = {}
         self._scores: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
@@ -95,6 +96,10 @@ class ImportanceAnalyzer:
             self._add(modality, _wide(scores), _wide(means), present[index])
         self._pass = None
 
+    def skip(self, samples: int) -> None:
+        """Count samples that could not be used."""
+        self._skipped += samples
+
     def merge(self, other: ImportanceAnalyzer) -> ImportanceAnalyzer:
         """What both have seen together."""
         if self.attention != other.attention:
@@ -107,6 +112,7 @@ class ImportanceAnalyzer:
             if part.identity is not None:
                 merged._remember(part.identity)
             merged._samples += part._samples
+            merged._skipped += part._skipped
             for modality in part.modalities:
                 merged._add(
                     modality,
@@ -118,7 +124,7 @@ class ImportanceAnalyzer:
 
     def state(self) -> State:
         """Sums of scores and of means by modality, with the counts that they are sums over."""
-        state = {"samples": torch.tensor(self._samples)}
+        state = {"samples": torch.tensor(self._samples), "skipped": torch.tensor(self._skipped)}
         for modality in self.modalities:
             state[f"{modality}.scores"] = self._scores[modality]
             state[f"{modality}.means"] = self._means[modality]
@@ -128,6 +134,7 @@ class ImportanceAnalyzer:
     def restore(self, state: State) -> None:
         """Continue from what `state` returned."""
         self._samples = int(state["samples"])
+        self._skipped = int(state["skipped"])
         self.modalities = ()
         for key in state:
             modality, _, field = key.rpartition(".")
@@ -150,6 +157,7 @@ class ImportanceAnalyzer:
             self.modalities,
             samples=self._samples,
             occurrences=tuple(self._occurrences[modality] for modality in self.modalities),
+            skipped=self._skipped,
             means=torch.stack(means).float().cpu(),
             identity=self.identity,
             info={"attention": self.attention, "data": self.data, "versions": _versions()},

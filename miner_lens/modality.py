@@ -51,7 +51,7 @@ class ModalityLayout:
 
         Returns:
             `text`, `special`, their union `special_text`, one mask for each medium, and
-            `prompt` (every real token): the sets of MINER, section 3.1.
+            `prompt` (every real token): the token sets of MINER, stage 1.
         """
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:

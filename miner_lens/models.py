@@ -195,8 +195,11 @@ def gated_mlps(model: Any) -> list[GatedMLP]:
     """
     hf_model = hf_model_of(model)
     found = []
-    for index, layer in enumerate(hf_model.get_decoder().layers):
-        mlp = getattr(layer, "mlp", None)
+    decoder = hf_model.get_decoder()
+    # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
+    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
+    for index, layer in enumerate(layers):
+        mlp: Any = getattr(layer, "mlp", None)
         activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
         if not (hasattr(mlp, "gate_proj") and hasattr(mlp, "down_proj")) or activation is None:
             raise ValueError(
@@ -380,7 +383,8 @@ def _load_processor(path: str, revision: str | None) -> Any:
 
     if Path(path).is_dir() and not any(Path(path).glob("*processor_config.json")):
         return None
-    return transformers.AutoProcessor.from_pretrained(path, revision=revision)
+    processors: Any = transformers.AutoProcessor
+    return processors.from_pretrained(path, revision=revision)
 
 
 def _require_adapter(architecture: str) -> None:

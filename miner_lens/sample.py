@@ -103,14 +103,15 @@ def _load_video(source: Any, processor: Any) -> Any:
         )
     if importlib.util.find_spec("av") is None:
         raise ImportError("Reading video files needs PyAV: pip install 'miner-lens[video]'.")
-    from transformers.video_utils import load_video
+    from transformers import video_utils
 
     if not Path(source).is_file():
         raise SampleError(f"Cannot read a video from {str(source)!r}: there is no such file.")
     sampler = getattr(getattr(processor, "video_processor", None), "sample_frames", None)
     wanted = sampler if getattr(processor.video_processor, "do_sample_frames", False) else None
     try:
-        frames, _ = load_video(str(source), backend="pyav", sample_indices_fn=wanted)
+        load: Any = video_utils.load_video
+        frames, _ = load(str(source), backend="pyav", sample_indices_fn=wanted)
     except Exception as error:  # PyAV has one exception class for each of FFmpeg's codes
         raise SampleError(f"Cannot read a video from {str(source)!r}: {error}") from error
     return frames

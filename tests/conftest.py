@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

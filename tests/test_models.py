@@ -141,9 +141,7 @@ def test_published_configs_build_on_meta(name: str, layers: int, neurons: int) -
 def test_boot_transformers_works_and_is_mined_alike(shapes: Any) -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(
-        str(ml.organisms.path("shapes")), device="cpu"
-    )
+    bridge = TransformerBridge.boot_transformers(str(ml.organisms.path("shapes")), device="cpu")
     assert bridge.processor is not None
     data = ml.datasets.load("easy-vqa", limit=3)
     ours, theirs = (ml.mine(m, data, progress=False) for m in (shapes, bridge))

@@ -200,7 +200,7 @@ def test_unreadable_sample_is_raised_or_skipped(shapes: Any, samples: list[ml.Sa
     for batch_size in (1, 4):
         scores = mine(shapes, data, on_error="skip", batch_size=batch_size)
         close(scores, mine(shapes, samples))
-        assert scores.info["skipped"] == 1
+        assert scores.skipped == 1
 
 
 def test_nan_activations_name_layer_and_sample(tiny: Any) -> None:
@@ -208,14 +208,20 @@ def test_nan_activations_name_layer_and_sample(tiny: Any) -> None:
     masks = {"text": torch.ones(2, 3, dtype=torch.bool)}
     layer = tiny.original_model.get_decoder().layers[1]
     for bad in (float("nan"), float("inf")):
+
         def poison(module: Any, args: Any, output: Any, bad: float = bad) -> Any:
             output[1, 2, 4] = bad
             return output
 
         handle = layer.mlp.act_fn.register_forward_hook(poison)
         with pytest.raises(ml.SampleError, match=r"sample 1, row 1: NaN or infinite.*layer 1"):
-            mine(tiny, [({"input_ids": ids[:1]}, {"text": masks["text"][:1]}),
-                        ({"input_ids": ids}, masks)])
+            mine(
+                tiny,
+                [
+                    ({"input_ids": ids[:1]}, {"text": masks["text"][:1]}),
+                    ({"input_ids": ids}, masks),
+                ],
+            )
         handle.remove()
 
 
@@ -293,11 +299,19 @@ def test_what_the_scores_know(shapes: Any, samples: list[ml.Sample]) -> None:
     assert scores.values.shape == (len(kernels.METRICS), len(scores.modalities), 6, 384)
     counts = dict(zip(scores.modalities, scores.occurrences, strict=True))
     assert counts == {
-        "text": 5, "special": 5, "special_text": 5, "image": 3, "video": 1, "prompt": 5
+        "text": 5,
+        "special": 5,
+        "special_text": 5,
+        "image": 3,
+        "video": 1,
+        "prompt": 5,
     }
     assert scores.info["attention"] == "bidirectional"
     assert set(scores.info["versions"]) == {
-        "miner-lens", "transformer-lens", "transformers", "torch"
+        "miner-lens",
+        "transformer-lens",
+        "transformers",
+        "torch",
     }
     assert scores.identity == models.identity(shapes)
 

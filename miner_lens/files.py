@@ -1,0 +1,118 @@
+"""Files that results live in: safetensors with JSON metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+_KEY = "miner_lens"
+
+
+def write(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Any
+) -> None:
+    """Write tensors and JSON metadata to one safetensors file.
+
+    The file appears under its name only when it is complete and on disk, so that a crash
+    leaves the previous one. Missing parent folders are made.
+
+    Args:
+        path: The file.
+        kind: What it holds, as `read` will be asked for it.
+        tensors: Tensors by name, on any device.
+        metadata: Anything JSON can hold.
+
+    Raises:
+        TypeError: If the metadata is not JSON.
+    """
+    path = Path(path)
+    data = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        text = json.dumps(metadata)
+    except TypeError as error:
+        raise TypeError(
+            f"The metadata of {path.name} must be JSON (strings, numbers, lists, dicts): {error}"
+        ) from error
+    header = {
+        "kind": kind,
+        "format": FORMAT,
+        "checksum": _checksum(data, text),
+        "metadata": text,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(data, temporary, metadata={_KEY: json.dumps(header)})
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are private
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write` wrote, on the CPU: the tensors and the metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds something else, or is of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}). "
+            f"It may be cut off or of another format; save or download it again."
+        ) from error
+    if not isinstance(header, dict):
+        raise ValueError(
+            f"{path} is a safetensors file, but miner-lens did not write it; expected {kind}."
+        )
+    if header["kind"] != kind:
+        raise ValueError(
+            f"{path} holds {header['kind']}, not {kind}. Load it with {header['kind']}.load(...)."
+        )
+    if header["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {header['format']}; this miner-lens reads up to {FORMAT}. "
+            f"Upgrade with pip install -U miner-lens."
+        )
+    if header["checksum"] != _checksum(tensors, header["metadata"]):
+        raise ValueError(
+            f"{path} is damaged: its checksum does not fit its content. Save or download it again."
+        )
+    return tensors, json.loads(header["metadata"])
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,76 @@
+"""Which model, and which of its neurons, a result belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model that a result came from, as far as a result must know it.
+
+    Attributes:
+        name: Hub name or path.
+        architecture: Class name of the Hugging Face model.
+        layers: Number of layers that have neurons.
+        neurons: Number of neurons in each layer.
+        site: Where the neurons live: "llm", "vision", "audio" or "projector".
+        fingerprint: Digest of the weights, where it is known.
+
+    Example:
+        >>> big = ModelIdentity("Qwen/Qwen2-VL-7B", "Qwen2VLForConditionalGeneration", 28, 18944)
+        >>> big.check(big)
+    """
+
+    name: str
+    architecture: str
+    layers: int
+    neurons: int
+    site: str = "llm"
+    fingerprint: str | None = None
+
+    def check(self, other: ModelIdentity, what: str = "This") -> None:
+        """Refuse another model: one of another shape, site, architecture or weights.
+
+        Weights are compared by fingerprint, and only where both are known; the name is not
+        compared, as the same model may be loaded from several places.
+
+        Args:
+            other: The model at hand.
+            what: The result that belongs to `self`, for the error message.
+
+        Raises:
+            ValueError: If `other` is another model.
+        """
+        again = "Mine again on this model, or load the one it was mined on."
+        shape = f"{self.layers} layers x {self.neurons} neurons"
+        if (self.layers, self.neurons) != (other.layers, other.neurons):
+            given = f"{other.layers} x {other.neurons}"
+        elif self.site != other.site:
+            shape, given = f"site {self.site!r}", f"site {other.site!r}"
+        elif self.architecture != other.architecture:
+            shape, given = self.architecture, other.architecture
+        elif None not in (self.fingerprint, other.fingerprint) and (
+            self.fingerprint != other.fingerprint
+        ):
+            shape = f"weights {self.fingerprint}"
+            given = f"weights {other.fingerprint} of the same shape"
+            again += " To try the same neurons here all the same, use NeuronSet.transfer(identity)."
+        else:
+            return
+        raise ValueError(
+            f"{what} was mined on {shape} ({self.name}); "
+            f"this model has {given} ({other.name}). {again}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelIdentity:
+        """What `to_dict` gave; fields that a later version added are left out."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})

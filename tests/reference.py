@@ -1,0 +1,20 @@
+"""Where the reference data lies: beside the checkout, or nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Arrays of one file of the reference data, or a skip where there is none."""
+    path = REFERENCE / name
+    if not path.exists():
+        pytest.skip(f"no reference data at {path}")
+    with np.load(path) as arrays:
+        return dict(arrays)

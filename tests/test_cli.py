@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import miner_lens as ml
+from miner_lens import demo
+from miner_lens.cli import app
+
+
+def call(*arguments: Any, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_help_lists_the_commands() -> None:
+    shown = call("--help")
+    assert all(name in shown for name in ("demo", "info", "mine", "select", "ablate"))
+
+
+def test_info() -> None:
+    shown = call("info", "shapes")
+    for fact in ("Qwen2VLForConditionalGeneration", "llm", "6", "384", "image", "video"):
+        assert fact in shown
+
+
+def test_mine_select_ablate(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.safetensors"
+    call("mine", "shapes", "--out", scores, "--limit", 4, "--batch-size", 2)
+    assert ml.ImportanceScores.load(scores).samples == 4
+    shown = call("select", scores, "--out", tmp_path / "msns", "--ratio", 0.2)
+    assert "image: NeuronSet" in shown
+    files = sorted((tmp_path / "msns").glob("neurons-*.safetensors"))
+    assert [path.stem for path in files] == ["neurons-image", "neurons-special", "neurons-text"]
+    (sample,) = ml.datasets.load("easy-vqa", limit=1)
+    image, question = (part[part["type"]] for part in sample.messages[0]["content"])
+    shown = call("ablate", "shapes", *files, "--question", question, "--image", image)
+    assert f"intact:  {sample.answers[0]}" in shown
+    assert "ablated:" in shown
+    by_value = call("ablate", "shapes", files[0], "--question", question, "--value", "0.5")
+    assert "intact:" in by_value
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "scores.safetensors"
+    broken.write_bytes(b"?")
+    assert "error:" in call("select", broken, "--out", tmp_path, code=2)
+    shown = call("mine", "shapes", "--out", broken, "--data", "nothing", code=2)
+    assert "easy-vqa" in shown
+    assert broken.read_bytes() == b"?"
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "RATIOS", (0.02, 0.2))
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
+    shown = call("demo", "--out", tmp_path, "--samples", 20)
+    assert "switching off its own MSNs" in shown
+    table = pd.read_csv(tmp_path / "accuracy.csv")
+    conditions = {
+        "nothing",
+        "image",
+        "text",
+        "special",
+        "all MSNs",
+        "random, as one modality",
+        "random, as all MSNs",
+    }
+    assert set(table["off"]) == conditions
+    assert set(table["input"]) == {"image", "text"}
+    assert len(table) == 2 * (1 + 2 * 6)
+    assert table["accuracy"].between(0, 1).all()
+    random = table["off"].str.startswith("random")
+    assert table.loc[random, "spread"].notna().all()
+    assert table.loc[~random, "spread"].isna().all()
+    sizes = table[table["ratio"] == 0.2].groupby("off")["neurons"].first()
+    assert sizes["random, as one modality"] == sizes["image"] == sizes["text"]
+    assert sizes["random, as all MSNs"] == sizes["all MSNs"]
+    for name in ("accuracy", "neurons"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    loaded = ml.NeuronSet.load(tmp_path / "neurons-image.safetensors")
+    scores = ml.ImportanceScores.load(tmp_path / "scores.safetensors")
+    assert loaded == scores.select(0.02)["image"]
