@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import miner_lens as ml
-from tests.checkpoints import REFERENCE
+from tests.reference import REFERENCE
 
 
 @pytest.fixture(autouse=True)

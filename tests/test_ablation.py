@@ -11,7 +11,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 import miner_lens as ml
 from miner_lens import models
-from tests.checkpoints import REFERENCE, load_expected
+from tests.reference import REFERENCE, load
 from tests.test_reference_model import logits, model_inputs
 
 LAYERS, NEURONS = 3, 96
@@ -22,7 +22,7 @@ ANY_NEURONS = st.sets(
 
 @pytest.fixture
 def inputs() -> dict[str, Any]:
-    return model_inputs(load_expected("tiny_qwen2_vl"), 0)
+    return model_inputs(load("tiny_qwen2_vl/expected.npz"), 0)
 
 
 @pytest.fixture(scope="module")

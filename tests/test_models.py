@@ -23,7 +23,7 @@ from transformers import (
 
 import miner_lens as ml
 from miner_lens import attention, models
-from tests.checkpoints import REFERENCE, load_expected
+from tests.reference import REFERENCE, load
 from tests.test_reference_model import SAMPLES, logits, model_inputs
 
 
@@ -75,7 +75,7 @@ def test_unknown_attribute() -> None:
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_logits_equal_plain_hugging_face(sample: int, implementation: str) -> None:
-    expected = load_expected("tiny_qwen2_vl")
+    expected = load("tiny_qwen2_vl/expected.npz")
     model = AutoModelForImageTextToText.from_pretrained(
         REFERENCE / "tiny_qwen2_vl", attn_implementation=implementation
     ).eval()
@@ -91,7 +91,7 @@ def test_logits_equal_plain_hugging_face(sample: int, implementation: str) -> No
 
 
 def test_cache_has_neurons_patterns_and_the_vision_tower(tiny: Any) -> None:
-    inputs = model_inputs(load_expected("tiny_qwen2_vl"), 0)
+    inputs = model_inputs(load("tiny_qwen2_vl/expected.npz"), 0)
     ids = inputs.pop("input_ids")
     _, cache = tiny.run_with_cache(ids, **inputs)
     assert cache["blocks.2.mlp.act.hook_out"].shape == (1, 20, 96)
@@ -107,7 +107,7 @@ def test_cache_has_neurons_patterns_and_the_vision_tower(tiny: Any) -> None:
 
 
 def test_edits_of_rotated_queries_reach_the_output(tiny: Any) -> None:
-    inputs = model_inputs(load_expected("tiny_qwen2_vl"), 0)
+    inputs = model_inputs(load("tiny_qwen2_vl/expected.npz"), 0)
     before = logits(tiny, inputs)
     hook = ("blocks.0.attn.hook_rot_q", lambda q, hook: q * 0)
     with tiny.hooks(fwd_hooks=[hook]):
@@ -333,7 +333,7 @@ def test_no_layout() -> None:
 def test_attention_setting_comes_back_after_an_error(tiny: Any) -> None:
     config = tiny.original_model.model.language_model.config
     before = config._attn_implementation
-    with pytest.raises(RuntimeError), attention.unmasked(tiny):
+    with pytest.raises(RuntimeError), attention.unmasked(tiny):  # noqa: PT012
         assert config._attn_implementation != before
         raise RuntimeError
     assert config._attn_implementation == before

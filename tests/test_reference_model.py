@@ -15,14 +15,14 @@ import torch
 
 import miner_lens as ml
 from miner_lens import attention
-from tests.checkpoints import MODEL_INPUTS, load_expected
+from tests.reference import MODEL_INPUTS, load
 
 SAMPLES = range(4)
 
 
 @pytest.fixture(scope="module")
 def expected() -> Any:
-    return load_expected("tiny_qwen2_vl")
+    return load("tiny_qwen2_vl/expected.npz")
 
 
 def model_inputs(expected: Any, sample: int) -> dict[str, Any]:
