@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -297,16 +297,13 @@ def _evaluating(model: Any) -> Iterator[None]:
     hf_model = hf_model_of(model)
     training = [module for module in hf_model.modules() if module.training]
     bridges = [block.attn for block in model.blocks if "attn" in block._modules]
-    with ExitStack() as stack:
-        if attention.is_eager(bridges):
-            fused = attention.implementation(bridges, attention.HOOKED["sdpa"])
-            stack.enter_context(fused)
-        hf_model.eval()
-        try:
+    hf_model.eval()
+    try:
+        with attention.fused(bridges):
             yield
-        finally:
-            for module in training:
-                module.training = True
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Rate(ProgressColumn):

@@ -65,10 +65,19 @@ def implementation(attentions: list[Any], name: str) -> Iterator[None]:
             config._attn_implementation = former[key]
 
 
-def is_eager(attentions: list[Any]) -> bool:
-    """Whether native attention computes its pattern explicitly, which takes time and memory."""
+@contextmanager
+def fused(attentions: list[Any]) -> Iterator[None]:
+    """Compute native attention fused and hooked, whatever the model's own setting is.
+
+    Eager attention would take memory for its pattern, and other functions (flash attention) fire
+    no hooks. The model's setting comes back afterwards.
+    """
     configs = [config for config in map(_config, attentions) if config is not None]
-    return any(config._attn_implementation in ("eager", HOOKED["eager"]) for config in configs)
+    if all(config._attn_implementation in (HOOKED["sdpa"], UNMASKED) for config in configs):
+        yield
+        return
+    with implementation(attentions, HOOKED["sdpa"]):
+        yield
 
 
 @contextmanager

@@ -16,6 +16,11 @@ from miner_lens.models import identity, layout, prepare
 from miner_lens.sample import SampleError
 from miner_lens.scores import ImportanceScores
 
+NO_ROTATED = (
+    "This model's attention fires no hook_rot_q and hook_rot_k, so its queries and keys after RoPE "
+    "cannot be read. Its TransformerLens adapter needs maintain_native_attention=True."
+)
+
 AttentionMode = Literal["bidirectional", "causal"]
 
 
@@ -73,8 +78,7 @@ class ImportanceAnalyzer:
 
     def check(self, batch: Batch) -> None:
         """Raise `SampleError` naming layer and sample where an activation is NaN or infinite."""
-        seen = self._seen()
-        finite = torch.stack([scores.isfinite().all(dim=(1, 2, 3)).cpu() for scores in seen.scores])
+        finite = torch.stack([rows.cpu() for rows in self._seen().finite])
         if bool(finite.all()):
             return
         layer, row = (~finite).nonzero()[0].tolist()
@@ -91,8 +95,8 @@ class ImportanceAnalyzer:
         present = seen.masks.any(dim=2).sum(dim=0).tolist()
         for index, modality in enumerate(seen.modalities):
             # The layers of a model may lie on several devices; the sums lie on the first's.
-            scores = torch.stack([s[:, :, index].sum(0).to(seen.device) for s in seen.scores], 1)
-            means = torch.stack([m[:, index].sum(0).to(seen.device) for m in seen.means])
+            scores = torch.stack([layer[:, index].to(seen.device) for layer in seen.scores], 1)
+            means = torch.stack([layer[index].to(seen.device) for layer in seen.means])
             self._add(modality, _wide(scores), _wide(means), present[index])
         self._pass = None
 
@@ -186,7 +190,11 @@ class ImportanceAnalyzer:
 
 
 class _Pass:
-    """What is seen of one forward pass: scores and mean activations, layer by layer."""
+    """What is seen of one forward pass, layer by layer: sums over its samples.
+
+    `check` looks at `finite` before the sums are used, so that one bad sample spoils only a pass
+    that is then repeated without it.
+    """
 
     def __init__(
         self,
@@ -204,8 +212,9 @@ class _Pass:
         self.masks = torch.stack(list(masks.values()), dim=1) if masks else torch.empty(0)
         self.real = real
         self.device = self.masks.device
-        self.scores: list[Float[Tensor, "batch metric modality neuron"]] = []
-        self.means: list[Float[Tensor, "batch modality neuron"]] = []
+        self.scores: list[Float[Tensor, "metric modality neuron"]] = []
+        self.means: list[Float[Tensor, "modality neuron"]] = []
+        self.finite: list[Bool[Tensor, " batch"]] = []
         self._query: Tensor | None = None
         self._sums: Tensor | None = None
 
@@ -222,7 +231,8 @@ class _Pass:
 
     def _see_key(self, key: Tensor, hook: Any) -> None:
         # TransformerLens hands out [batch pos head d_head].
-        assert self._query is not None
+        if self._query is None:
+            raise RuntimeError(NO_ROTATED)
         real = self.real.to(key.device)
         pattern = kernels.head_mean_attention(
             self._query.transpose(1, 2), key.transpose(1, 2), causal=self.causal, mask=real
@@ -231,12 +241,15 @@ class _Pass:
         self._sums = kernels.attention_sums(pattern, self.masks.to(key.device))
 
     def _see_activation(self, x: Tensor, hook: Any) -> None:
-        assert self._sums is not None
+        if self._sums is None:
+            raise RuntimeError(NO_ROTATED)
         masks = self.masks.to(x.device)
         raw = kernels.statistics(x, self._sums.to(x.device), masks)
         self._sums = None
-        self.scores.append(kernels.normalise(raw, masks))
-        self.means.append(raw[:, kernels.METRICS.index("mean")])
+        scores = kernels.normalise(raw, masks)
+        self.finite.append(scores.isfinite().all(dim=(1, 2, 3)))
+        self.scores.append(scores.sum(0))
+        self.means.append(raw[:, kernels.METRICS.index("mean")].sum(0))
 
 
 def mine(

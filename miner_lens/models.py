@@ -99,7 +99,8 @@ def wrap(
             f"This {architecture} is inside a TransformerBridge already. "
             "Use that bridge, or load the model again."
         )
-    tokenizer = getattr(processor, "tokenizer", None)
+    # A text model's processor is its tokenizer.
+    tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
         hf_model,
         architecture,
@@ -381,7 +382,8 @@ def _load_processor(path: str, revision: str | None) -> Any:
     """The checkpoint's processor, or None where the folder ships none."""
     import transformers
 
-    if Path(path).is_dir() and not any(Path(path).glob("*processor_config.json")):
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    if Path(path).is_dir() and not any(Path(path, file).exists() for file in files):
         return None
     processors: Any = transformers.AutoProcessor
     return processors.from_pretrained(path, revision=revision)
