@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from miner_lens.ablation import ablate, ablation_hooks
     from miner_lens.analyzer import Analyzer, Batch, run
     from miner_lens.evaluation import accuracy, answers
+    from miner_lens.generation import generate, inputs
     from miner_lens.identity import ModelIdentity
     from miner_lens.importance import ImportanceAnalyzer, mine
     from miner_lens.modality import ModalityLayout
-    from miner_lens.models import generate, inputs, load, wrap
+    from miner_lens.models import load, wrap
     from miner_lens.neurons import NeuronSet
     from miner_lens.sample import Sample, SampleError
     from miner_lens.scores import ImportanceScores
@@ -47,8 +48,8 @@ _HOMES = {
     "ImportanceAnalyzer": "importance",
     "mine": "importance",
     "ModalityLayout": "modality",
-    "generate": "models",
-    "inputs": "models",
+    "generate": "generation",
+    "inputs": "generation",
     "load": "models",
     "wrap": "models",
     "NeuronSet": "neurons",

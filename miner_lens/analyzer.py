@@ -24,16 +24,9 @@ from rich.text import Text
 from torch import Tensor
 
 from miner_lens import attention
+from miner_lens.generation import Inputs, prepare_inputs, to_device
 from miner_lens.modality import Masks
-from miner_lens.models import (
-    Inputs,
-    hf_model_of,
-    is_bridge,
-    layout,
-    prepare,
-    prepare_inputs,
-    to_device,
-)
+from miner_lens.models import hf_model_of, is_bridge, layout, prepare
 from miner_lens.sample import Sample, SampleError
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -296,10 +289,9 @@ def _evaluating(model: Any) -> Iterator[None]:
     """No dropout, and fused attention; the model's own settings come back afterwards."""
     hf_model = hf_model_of(model)
     training = [module for module in hf_model.modules() if module.training]
-    bridges = [block.attn for block in model.blocks if "attn" in block._modules]
     hf_model.eval()
     try:
-        with attention.fused(bridges):
+        with attention.fused(attention.attentions_of(model)):
             yield
     finally:
         for module in training:

@@ -31,6 +31,11 @@ Output = tuple[Tensor, Tensor | None]
 _bridges: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
+def attentions_of(bridge: Any) -> list[Any]:
+    """The decoder's attention components, one per layer that has one."""
+    return [block.attn for block in bridge.blocks if "attn" in block._modules]
+
+
 def install(attentions: list[Any]) -> None:
     """Make native attention bridges fire `hook_rot_q` and `hook_rot_k`.
 
@@ -88,9 +93,9 @@ def unmasked(model: Any) -> Iterator[None]:
     to score with attention that ignores causality on the real model's activations, use
     `ml.mine(..., attention="bidirectional")`.
     """
-    from miner_lens.models import prepare
-
-    with implementation([block.attn for block in prepare(model).blocks], UNMASKED):
+    attentions = attentions_of(model)
+    install(attentions)
+    with implementation(attentions, UNMASKED):
         yield
 
 

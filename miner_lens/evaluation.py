@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from miner_lens.models import Inputs, generate_from, prepare_inputs
+from miner_lens.generation import Inputs, generate_from, prepare_inputs
 from miner_lens.sample import Sample
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2VLForConditionalGeneration
 
 import miner_lens as ml
-from miner_lens import models
+from miner_lens import generation, models
 from tests.reference import REFERENCE, load
 from tests.test_reference_model import logits, model_inputs
 
@@ -211,7 +211,7 @@ def test_padding_does_not_change_the_minimum(shapes: Any) -> None:
     some = ml.NeuronSet([(0, n) for n in range(40)], layers=mlp.layers, neurons=mlp.neurons)
     with torch.no_grad(), ml.ablate(shapes, some, "min"):
         alone = [shapes(**ml.inputs(shapes, one))[:, -1] for one in messages]
-        batch = models.prepare_inputs(shapes, messages)
+        batch = generation.prepare_inputs(shapes, messages)
         together = shapes(batch.pop("input_ids"), **batch)[:, -1]
     torch.testing.assert_close(torch.cat(alone), together, atol=1e-4, rtol=0)
 

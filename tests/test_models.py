@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import miner_lens as ml
-from miner_lens import attention, models
+from miner_lens import attention, generation, models
 from tests.reference import REFERENCE, load
 from tests.test_reference_model import SAMPLES, logits, model_inputs
 
@@ -240,7 +240,7 @@ def test_generation_equals_plain_hugging_face(shapes: Any, plain: Any, kind: str
     new = theirs[0, inputs["input_ids"].shape[1] :]
     ours = ml.generate(shapes, CONVERSATIONS[kind], max_new_tokens=8)
     assert ours == processor.decode(new, skip_special_tokens=True)
-    batch = models.prepare_inputs(shapes, [CONVERSATIONS[kind]])
+    batch = generation.prepare_inputs(shapes, [CONVERSATIONS[kind]])
     tokens = shapes.original_model.generate(**batch, do_sample=False, max_new_tokens=8)
     assert torch.equal(tokens[0, batch["input_ids"].shape[1] :], new)
 
@@ -319,7 +319,7 @@ def test_modalities_of_a_prompt(shapes: Any) -> None:
 
 
 def test_padding_belongs_to_no_modality(shapes: Any) -> None:
-    batch = models.prepare_inputs(shapes, [CONVERSATIONS["image"], CONVERSATIONS["text"]])
+    batch = generation.prepare_inputs(shapes, [CONVERSATIONS["image"], CONVERSATIONS["text"]])
     masks = models.layout(shapes).masks(batch["input_ids"], batch["attention_mask"])
     assert not torch.stack(list(masks.values())).any(0)[batch["attention_mask"] == 0].any()
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import miner_lens as ml
-from miner_lens import kernels, models
+from miner_lens import generation, kernels, models
 
 Q = "what color is the shape?"
 
@@ -154,7 +154,7 @@ def test_prepared_pairs(shapes: Any, samples: list[ml.Sample]) -> None:
         inputs = ml.inputs(shapes, item.messages)
         pairs.append((inputs, models.layout(shapes).masks(inputs["input"])))
     close(mine(shapes, pairs), mine(shapes, samples))
-    batch = models.prepare_inputs(shapes, [item.messages for item in samples])
+    batch = generation.prepare_inputs(shapes, [item.messages for item in samples])
     masks = models.layout(shapes).masks(batch["input_ids"], batch["attention_mask"])
     close(mine(shapes, [(batch, masks)]), mine(shapes, samples))
 
