@@ -26,8 +26,11 @@ def demo(
     samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 200,
 ) -> None:
     """Mine a small trained Qwen2-VL, switch its neurons off, compare with random ones."""
+    import transformers
+
     from miner_lens.demo import run_demo
 
+    transformers.logging.disable_progress_bar()
     run_demo(out, samples)
 
 
@@ -133,8 +136,11 @@ def _value(text: str) -> Any:
 
 
 def _load(model: str) -> Any:
+    import transformers
+
     import miner_lens as ml
 
+    transformers.logging.disable_progress_bar()
     with _clear_errors():
         return ml.load(model)
 

@@ -282,7 +282,9 @@ def _resolve(name_or_path: str | Path) -> str:
 
 
 def _default_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator()
+    # A CUDA build of torch names CUDA as its accelerator on machines that have none.
+    available = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if available else None
     return torch.device("cpu") if accelerator is None else accelerator
 
 
