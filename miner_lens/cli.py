@@ -26,11 +26,9 @@ def demo(
     samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 200,
 ) -> None:
     """Mine a small trained Qwen2-VL, switch its neurons off, compare with random ones."""
-    import transformers
-
     from miner_lens.demo import run_demo
 
-    transformers.logging.disable_progress_bar()
+    _without_progress_bars()
     run_demo(out, samples)
 
 
@@ -136,13 +134,18 @@ def _value(text: str) -> Any:
 
 
 def _load(model: str) -> Any:
-    import transformers
-
     import miner_lens as ml
 
-    transformers.logging.disable_progress_bar()
+    _without_progress_bars()
     with _clear_errors():
         return ml.load(model)
+
+
+def _without_progress_bars() -> None:
+    from transformers.utils import logging
+
+    disable: Any = logging.disable_progress_bar
+    disable()
 
 
 class _clear_errors:  # noqa: N801 (reads as a statement)

@@ -7,7 +7,8 @@ TransformerLens consults the entry points there too.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import wrapt
@@ -28,5 +29,10 @@ def _fill_tables(_: Any) -> None:
         if entry.value.startswith("miner_lens_adapters.") and (
             entry.name not in SUPPORTED_ARCHITECTURES
         ):
-            SUPPORTED_ARCHITECTURES[entry.name] = entry.load()
+            # Not the class itself: its module may be the one that is importing TransformerLens.
+            SUPPORTED_ARCHITECTURES[entry.name] = partial(_construct, entry)
             MULTIMODAL_ARCHITECTURES.add(entry.name)
+
+
+def _construct(entry: EntryPoint, cfg: Any) -> Any:
+    return entry.load()(cfg)
