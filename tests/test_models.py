@@ -169,6 +169,36 @@ def test_other_gated_families_get_neuron_hooks() -> None:
     assert scores.values.amax() == 1
 
 
+def test_bridges_that_users_make_themselves() -> None:
+    """TransformerLens's own Llama adapter has no act component; it is attached when needed."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=config)
+    assert "blocks.0.mlp.act.hook_out" not in bridge.hook_dict
+    masks = {"text": torch.ones(1, 6, dtype=torch.bool)}
+    scores = ml.mine(bridge, [({"input_ids": ids}, masks)], progress=False)
+    neurons = scores.select(0.2)["text"]
+    with torch.no_grad():
+        torch.testing.assert_close(bridge(ids), plain)
+        with ml.ablate(bridge, neurons):
+            ablated = bridge(ids)
+        hooks = ml.ablation_hooks(bridge, neurons)
+        assert torch.equal(bridge.run_with_hooks(ids, fwd_hooks=hooks), ablated)
+    assert not torch.allclose(ablated, plain)
+
+
 def test_unknown_family() -> None:
     class NobodyKnowsThis(GPT2LMHeadModel):
         pass

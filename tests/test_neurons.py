@@ -280,3 +280,15 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "image.safetensors",
         {"revision": "v1", "token": None},
     )
+
+
+def test_random_and_union() -> None:
+    like = NeuronSet([(0, 1)], layers=3, neurons=20)
+    drawn = [NeuronSet.random(7, like=like, seed=seed) for seed in (0, 0, 1)]
+    assert [len(one) for one in drawn] == [7, 7, 7]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert NeuronSet.union(drawn) == drawn[0] | drawn[2]
+    with pytest.raises(ValueError, match="Cannot draw 61 of the model's 60 neurons"):
+        NeuronSet.random(61, like=like)
+    with pytest.raises(ValueError, match="at least one set"):
+        NeuronSet.union([])

@@ -233,3 +233,26 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
     options = {"modalities": ["text", "image"], **options}
     with pytest.raises(ValueError, match=message):
         ImportanceScores(torch.rand(5, 2, 3, 4), options.pop("modalities"), **options)
+
+
+def test_modality_that_was_not_selected() -> None:
+    scores = ImportanceScores(torch.rand(5, 2, 2, 50), ["text", "image"])
+    chosen = scores.select(0.1)
+    assert list(chosen) == ["text", "image"]
+    with pytest.raises(
+        KeyError, match="No neurons were selected for 'audio', only for text, image"
+    ):
+        chosen["audio"]
+    with pytest.raises(KeyError, match="There is no 'audio' here"):
+        scores["audio"]
+
+
+def test_skipped_samples_add_up(tmp_path: Path) -> None:
+    parts = [
+        ImportanceScores(torch.rand(5, 1, 1, 9), ["text"], samples=4, skipped=n) for n in (1, 2)
+    ]
+    assert (parts[0] + parts[1]).skipped == 3
+    assert ImportanceScores.mean(parts).skipped == 3
+    parts[1].save(tmp_path / "scores.safetensors")
+    assert ImportanceScores.load(tmp_path / "scores.safetensors").skipped == 2
+    assert "2 skipped" in repr(parts[1])
