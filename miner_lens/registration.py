@@ -14,6 +14,7 @@ from typing import Any
 import wrapt
 
 ENTRY_POINTS = "transformer_lens.architectures"
+OVERRIDES = "miner_lens.overrides"
 
 
 def register() -> None:
@@ -22,7 +23,10 @@ def register() -> None:
 
 
 def _fill_tables(_: Any) -> None:
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformer_lens.factories.architecture_adapter_factory import (
+        SUPPORTED_ARCHITECTURES,
+        ArchitectureAdapterFactory,
+    )
     from transformer_lens.utilities.architectures import MULTIMODAL_ARCHITECTURES
 
     for entry in entry_points(group=ENTRY_POINTS):
@@ -32,6 +36,8 @@ def _fill_tables(_: Any) -> None:
             # Not the class itself: its module may be the one that is importing TransformerLens.
             SUPPORTED_ARCHITECTURES[entry.name] = partial(_construct, entry)
             MULTIMODAL_ARCHITECTURES.add(entry.name)
+    for entry in entry_points(group=OVERRIDES):
+        ArchitectureAdapterFactory.register_adapter(entry.name, partial(_construct, entry))
 
 
 def _construct(entry: EntryPoint, cfg: Any) -> Any:

@@ -17,6 +17,8 @@ MODEL_INPUTS = (
     "image_grid_thw",
     "pixel_values_videos",
     "video_grid_thw",
+    "input_features",
+    "feature_attention_mask",
 )
 
 

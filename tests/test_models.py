@@ -19,12 +19,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
 )
 
 import miner_lens as ml
 from miner_lens import attention, generation, models
 from tests.reference import REFERENCE, load
-from tests.test_reference_model import SAMPLES, logits, model_inputs
+from tests.test_reference_model import EACH_SAMPLE, logits, model_inputs
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +74,47 @@ def test_unknown_attribute() -> None:
     assert set(ml.__all__) <= set(dir(ml))
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize(("name", "sample"), EACH_SAMPLE)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_logits_equal_plain_hugging_face(sample: int, implementation: str) -> None:
-    expected = load("tiny_qwen2_vl/expected.npz")
-    model = AutoModelForImageTextToText.from_pretrained(
-        REFERENCE / "tiny_qwen2_vl", attn_implementation=implementation
-    ).eval()
+def test_logits_equal_plain_hugging_face(name: str, sample: int, implementation: str) -> None:
+    """Bit for bit, without hooks and with an empty hook on every hook point."""
+    expected = load(f"{name}/expected.npz")
+    kinds = {"tiny_qwen2_vl": Qwen2VLForConditionalGeneration}
+    kind = kinds.get(name, Qwen2AudioForConditionalGeneration)
+    model = kind.from_pretrained(REFERENCE / name, attn_implementation=implementation).eval()
     bridge = ml.wrap(copy.deepcopy(model))
     inputs = model_inputs(expected, sample)
     with torch.no_grad():
         theirs = model(**inputs).logits
     assert torch.equal(logits(bridge, inputs), theirs)
-    rotated = []
-    with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_rot_q", lambda q, hook: rotated.append(q))]):
+    seen: dict[str, Any] = {}
+
+    def look(tensor: Any, hook: Any) -> None:
+        seen[hook.name] = tensor
+
+    def fused(name: str) -> bool:  # reading a pattern makes a fused layer compute it
+        return implementation == "eager" or not name.endswith(("pattern", "attn_scores"))
+
+    with bridge.hooks(fwd_hooks=[(fused, look)]):
         assert torch.equal(logits(bridge, inputs), theirs)
-    assert rotated[0].shape == (1, inputs["input_ids"].shape[1], 4, 16)
+    assert seen["blocks.0.attn.hook_rot_q"].shape == (1, inputs["input_ids"].shape[1], 4, 16)
+    towers = {name.split(".")[0] for name in seen if "encoder" in name or "projector" in name}
+    has_media = any("pixel" in key or "features" in key for key in inputs)
+    assert len(towers) == (2 if has_media else 0)
+
+
+def test_audio_tower_is_open() -> None:
+    inputs = model_inputs(load("tiny_qwen2_audio/expected.npz"), 0)
+    bridge = ml.load(REFERENCE / "tiny_qwen2_audio", device="cpu")
+    ids = inputs.pop("input_ids")
+    _, cache = bridge.run_with_cache(ids, **inputs)
+    assert bridge.modality_layout.media == {"audio": 110}
+    for name in ("conv1", "conv2", "ln_post"):
+        assert f"audio_encoder.{name}.hook_out" in cache
+    for name in ("ln1", "attn.q", "attn.k", "attn.v", "attn.o", "ln2", "fc1", "act", "fc2"):
+        assert f"audio_encoder.blocks.1.{name}.hook_out" in cache
+    assert cache["audio_encoder.blocks.1.act.hook_out"].shape[-1] == 64
+    assert "audio_projector.linear.hook_out" in cache
 
 
 def test_cache_has_neurons_patterns_and_the_vision_tower(tiny: Any) -> None:
