@@ -85,7 +85,7 @@ def select(
     out: Annotated[Path, typer.Option(help="Folder for one file per modality.")],
     ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
     strategy: Annotated[str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform.")] = "LA_MU",
-    split: Annotated[str, typer.Option(help="How tokens are split.")] = "special_text_separate",
+    split: Annotated[str | None, typer.Option(help="How tokens are split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random strategy.")] = 0,
 ) -> None:
     """Select modality-specific neurons from scores."""

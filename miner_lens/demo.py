@@ -134,9 +134,9 @@ def _report(console: Console, table: pd.DataFrame, chosen: dict[str, NeuronSet],
     for ratio in RATIOS:
         rows = table[table["ratio"].isna() | (table["ratio"] == ratio)]
         console.print(_accuracies(rows, ratio))
-    shown = table[table["ratio"] == SHOWN_RATIO]
     for ask in INPUTS:
-        console.print(_finding(table, shown, ask))
+        for finding in _findings(table, ask):
+            console.print(finding)
     sizes = ", ".join(f"{len(neurons)} {modality}" for modality, neurons in chosen.items())
     console.print(f"Selected at {SHOWN_RATIO:.0%}: {sizes} neurons. Saved in {out}/.")
 
@@ -157,20 +157,26 @@ def _accuracies(rows: pd.DataFrame, ratio: float) -> Table:
     return shown
 
 
-def _finding(table: pd.DataFrame, shown: pd.DataFrame, ask: str) -> str:
-    """One sentence on what the modality's own neurons do, beside as many random ones."""
+def _findings(table: pd.DataFrame, ask: str) -> Iterator[str]:
+    """What the modality's own neurons do, and which set does most, beside random ones."""
+    rows: Any = table[table["input"] == ask].set_index("off")
+    intact = float(rows.loc["nothing", "accuracy"])
+    chosen = rows.drop("nothing")
+    own = chosen[chosen["ratio"] == SHOWN_RATIO].loc[ask]
+    yield f"Asked about the {ask}, {_beside_chance(chosen, own, intact)}"
+    specific = chosen[chosen["spread"].isna()]
+    most = specific.iloc[specific["accuracy"].argmin()]
+    yield f"The most that any set does to it: {_beside_chance(chosen, most, intact)}"
 
-    def drop(off: str) -> float:
-        rows = shown[(shown["input"] == ask) & (shown["off"] == off)]
-        return float(intact - rows["accuracy"].iloc[0])
 
-    intact = table[(table["input"] == ask) & (table["off"] == "nothing")]["accuracy"].iloc[0]
-    random = shown[(shown["input"] == ask) & (shown["off"] == "random, as one modality")]
-    own, chance = drop(ask), drop("random, as one modality")
-    spread = float(random["spread"].iloc[0])
-    beyond = "more than" if own > chance + 2 * spread else "no more than"
+def _beside_chance(chosen: Any, row: Any, intact: float) -> str:
+    all_of_them = row.name == "all MSNs"
+    neurons = f"all {row['neurons']} MSNs" if all_of_them else f"{row['neurons']} {row.name} MSNs"
+    like = "all MSNs" if all_of_them else "one modality"
+    random = chosen[chosen["ratio"] == row["ratio"]].loc[f"random, as {like}"]
+    cost, chance = intact - row["accuracy"], intact - random["accuracy"]
+    beyond = "more than" if cost > chance + 2 * random["spread"] else "no more than"
     return (
-        f"Asked about the {ask}, switching off its own MSNs at {SHOWN_RATIO:.0%} costs "
-        f"{own:+.3f} accuracy; as many random neurons cost {chance:+.3f} ± {spread:.3f}: "
-        f"{beyond} chance."
+        f"switching off {neurons} at {row['ratio']:.1%} costs {cost:.3f} accuracy; as many random "
+        f"neurons cost {chance:.3f} ± {random['spread']:.3f}: {beyond} chance."
     )

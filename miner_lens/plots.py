@@ -52,7 +52,7 @@ def _draw_condition(panel: Any, off: str, line: pd.DataFrame) -> None:
         panel.axhline(line["accuracy"].iloc[0], color="black", linestyle=":", label=off)
         return
     colour = COLOURS.get(off.removeprefix("random, ").split(" ")[0], "#999999")
-    style = "--" if off.startswith("random") else "-"
+    style = ":" if off == "random, as all MSNs" else "--" if off.startswith("random") else "-"
     line = line.sort_values("ratio")
     x, y = 100 * line["ratio"], line["accuracy"]
     panel.plot(x, y, style, marker="o", markersize=4, color=colour, label=off)

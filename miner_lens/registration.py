@@ -8,10 +8,12 @@ TransformerLens consults the entry points there too.
 from __future__ import annotations
 
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "transformer_lens.architectures"
 OVERRIDES = "miner_lens.overrides"
@@ -23,6 +25,8 @@ def register() -> None:
 
 
 def _fill_tables(_: Any) -> None:
+    from importlib.metadata import entry_points
+
     from transformer_lens.factories.architecture_adapter_factory import (
         SUPPORTED_ARCHITECTURES,
         ArchitectureAdapterFactory,

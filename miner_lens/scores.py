@@ -232,7 +232,7 @@ class ImportanceScores:
         ratio: float = 0.02,
         strategy: str = "LA_MU",
         weights: Sequence[float] | Mapping[str, float] | None = None,
-        split: str = "special_text_separate",
+        split: str | None = None,
         seed: int = 0,
     ) -> Selection:
         """Modality-specific neurons: for each modality, a set of them (MINER, stage 4).
@@ -243,8 +243,9 @@ class ImportanceScores:
                 `miner_lens.select`. "random" gives a single set, named random.
             weights: Weight of each metric, in order or as a mapping; default 0, 0.25, 0.25,
                 0.5, 0.
-            split: Which modalities to tell apart: "special_text_separate" (default),
-                "special_text_as_one" or "prompt"; of these, the ones that occur in the data.
+            split: Which modalities to tell apart: "special_text_separate" (the default where
+                there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
+                that occur in the data.
             seed: Seed of "random".
 
         Raises:
@@ -252,9 +253,12 @@ class ImportanceScores:
                 modalities occurs, the ratio leaves a modality or layer without a neuron, or
                 the scores contain NaN.
         """
+        counts = dict(zip(self.modalities, self.occurrences, strict=True))
+        if split is None:
+            fitting = (name for name, parts in select.SPLITS.items() if counts.get(parts[0]))
+            split = next(fitting, "special_text_separate")
         if split not in select.SPLITS:
             raise ValueError(f"There is no split {split!r}; there are {', '.join(select.SPLITS)}.")
-        counts = dict(zip(self.modalities, self.occurrences, strict=True))
         names = [name for name in select.SPLITS[split] if counts.get(name)]
         if not names:
             occurring = [name for name, count in counts.items() if count]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from miner_lens.identity import ModelIdentity
 from miner_lens.kernels import METRICS
 from miner_lens.scores import ImportanceScores
+from tests.reference import load
 
 few = settings(max_examples=25, deadline=None)
 MODALITIES = ("text", "special", "image", "video", "prompt")
@@ -256,3 +258,17 @@ def test_skipped_samples_add_up(tmp_path: Path) -> None:
     parts[1].save(tmp_path / "scores.safetensors")
     assert ImportanceScores.load(tmp_path / "scores.safetensors").skipped == 2
     assert "2 skipped" in repr(parts[1])
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_reference_selections_through_the_public_api(number: int) -> None:
+    """No split is named: the scores' own modalities say which one it is."""
+    expected = load(f"select_{number}.npz")
+    modalities = [str(name) for name in expected["modalities"]]
+    scores = ImportanceScores(torch.tensor(expected["ism"]), modalities)
+    for index, case in enumerate(json.loads(str(expected["cases"]))):
+        chosen = scores.select(case["ratio"], case["strategy"], weights=case["weights"])
+        assert list(chosen) == modalities
+        for modality, neurons in chosen.items():
+            wanted = {tuple(row) for row in expected[f"case{index}_{modality}"].tolist()}
+            assert set(neurons) == wanted
