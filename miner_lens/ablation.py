@@ -114,10 +114,7 @@ def _union(neurons: Neurons) -> NeuronSet:
             "neurons must be a NeuronSet or a non-empty mapping of modality to NeuronSet, as "
             f"select returns it, not {type(neurons).__name__}."
         )
-    first, *rest = neurons.values()
-    for other in rest:
-        first = first | other
-    return first
+    return NeuronSet.union(neurons.values())
 
 
 class _Tokens:
@@ -136,12 +133,13 @@ class _Tokens:
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
-        self.real = None
-        if mask is not None and mask.ndim == 2 and ids is not None:
+        self.real = self.chosen = None
+        if ids is None:
+            return
+        if mask is not None and mask.ndim == 2:
             # While decoding with a cache the mask spans the past as well.
             self.real = mask[:, -ids.shape[1] :].to(torch.bool)
-        if ids is not None:
-            self.see_ids(ids)
+        self.see_ids(ids)
 
     def see_ids(self, ids: Tensor, hook: Any = None) -> None:
         if self.layout is not None and self.at is not None:
@@ -166,6 +164,7 @@ class _Write:
                 "Select it from scores that ml.mine computed, or give a number."
             )
         self.neurons = ~neurons if complement else neurons
+        self.means = neurons.means
         self.value = value
         self.at = at
         self.needs_tokens = at is not None or value == "min"
@@ -185,6 +184,11 @@ class _Write:
         real: Bool[Tensor, "batch pos"] | None,
         chosen: Bool[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "batch pos neuron"]:
+        if self.at is not None and (chosen is None or chosen.shape != x.shape[:2]):
+            raise ValueError(
+                f"Ablating at {self.at!r} needs the token ids of this pass to tell modalities "
+                "apart. Call the model with input_ids, not with inputs_embeds."
+            )
         if x.requires_grad:
             x = x.clone()
         if self.at is None and isinstance(self.value, int | float):
@@ -198,8 +202,8 @@ class _Write:
             visible = x if real is None else x.masked_fill(~real.to(x.device)[..., None], torch.inf)
             new = visible.amin(dim=(-2, -1), keepdim=True)
         elif self.value == "mean":
-            assert self.neurons.means is not None
-            new = self.neurons.means[layer].to(x.device, x.dtype)[index]
+            assert self.means is not None
+            new = self.means[layer].to(x.device, x.dtype)[index]
         else:
             new = torch.tensor(self.value, dtype=x.dtype, device=x.device)
         old = x.index_select(-1, index)

@@ -140,7 +140,7 @@ def statistics(
         torch.gt(chunk, 0, out=positive)
         counts.baddbmm_(inside[:, :, start:stop], positive)
         products.baddbmm_(weights[:, :, start:stop], chunk.float())
-        peaks = torch.maximum(peaks, _maxima(chunk, masks[:, :, start:stop]))
+        peaks = torch.maximum(peaks, _maxima(chunk, masks[:, :, start:stop], x.is_cpu))
     sizes = masks.sum(-1)[:, None, :, None]
     mean, attn_k, attn_q = products.view(batch, 3, modalities, neurons).unbind(1)
     tokens = sizes[:, 0].clamp(min=1)
@@ -194,14 +194,18 @@ def _chunks(length: int, width: int, device: torch.device) -> Iterator[tuple[int
 
 
 def _maxima(
-    x: Float[Tensor, "batch pos neuron"], masks: Bool[Tensor, "batch modality pos"]
+    x: Float[Tensor, "batch pos neuron"],
+    masks: Bool[Tensor, "batch modality pos"],
+    by_stretch: bool,
 ) -> Float[Tensor, "batch modality neuron"]:
-    """Maximum over each modality's positions, -inf where it has none."""
-    if not x.is_cpu:
+    """Maximum over each modality's positions, -inf where it has none.
+
+    A modality is a few unbroken stretches of positions. On a CPU, where they can be looked up
+    without waiting for a device, each is reduced once however many modalities share it.
+    """
+    if not by_stretch:
         modalities = [torch.where(m[..., None], x, -torch.inf).amax(1) for m in masks.unbind(1)]
         return torch.stack(modalities, 1)
-    # A modality is a few unbroken stretches; on a CPU, where they can be looked up without
-    # waiting, each stretch is reduced once however many modalities share it.
     peaks = x.new_full((x.shape[0], masks.shape[1], x.shape[2]), -torch.inf)
     changes = (masks[..., 1:] != masks[..., :-1]).flatten(0, 1).any(0).nonzero()[:, 0] + 1
     bounds = [0, *changes.tolist(), x.shape[1]]

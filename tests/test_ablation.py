@@ -250,6 +250,19 @@ def test_gradients_pass_through(bridge: Any, inputs: dict[str, Any]) -> None:
     bridge.original_model.zero_grad()
 
 
+def test_modalities_cannot_be_told_from_embeddings(bridge: Any, inputs: dict[str, Any]) -> None:
+    embeddings = torch.randn(1, 20, 64)
+    model = bridge.original_model
+    with torch.no_grad():
+        model(inputs_embeds=embeddings)
+        with ml.ablate(bridge, neuron_set(*SOME), "min"):
+            model(inputs_embeds=embeddings)
+        with ml.ablate(bridge, neuron_set(*SOME), at="text"):
+            model(**inputs)
+            with pytest.raises(ValueError, match="Call the model with input_ids"):
+                model(inputs_embeds=embeddings)
+
+
 def test_refusals(bridge: Any, shapes: Any, inputs: dict[str, Any]) -> None:
     some = neuron_set(*SOME)
     cases: list[tuple[Any, dict[str, Any], str]] = [

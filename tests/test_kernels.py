@@ -207,3 +207,16 @@ def test_inputs_that_require_gradients() -> None:
 def test_key_heads_must_divide_query_heads() -> None:
     with pytest.raises(ValueError, match=r"q has 6 heads and k has 4.*Pass k as"):
         kernels.head_mean_attention(torch.randn(1, 6, 3, 2), torch.randn(1, 4, 3, 2))
+
+
+@pytest.mark.parametrize("by_stretch", [True, False])
+def test_maxima_as_a_cpu_and_as_a_gpu_computes_them(by_stretch: bool) -> None:
+    x = torch.randn(3, 17, 5)
+    masks = torch.rand(3, 4, 17) < 0.4
+    masks[1, 2] = False
+    found = kernels._maxima(x, masks, by_stretch)
+    for row in range(3):
+        for modality in range(4):
+            inside = x[row, masks[row, modality]]
+            wanted = inside.amax(0) if len(inside) else torch.full((5,), -torch.inf)
+            assert torch.equal(found[row, modality], wanted)
