@@ -151,15 +151,6 @@ def test_chunks_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(scores(causal), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_both_ways_to_the_maximum_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, _, _, masks = layer(5, 40, 6, 4)
-    on_cpu = kernels._maxima(x, masks)
-    # The meta device takes the path of a GPU; its formula is short enough to repeat.
-    assert kernels._maxima(x.to("meta"), masks.to("meta")).shape == on_cpu.shape
-    expected = torch.where(masks[..., None], x[:, None], -torch.inf).amax(2)
-    assert torch.equal(on_cpu, expected)
-
-
 def test_half_precision_inputs() -> None:
     x, q, k, masks = layer(1, 30, 8, 3)
     q, k, x = q.bfloat16(), k.bfloat16(), x.bfloat16()
