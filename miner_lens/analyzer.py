@@ -220,8 +220,12 @@ def _forward(model: Any, batch: Batch, analyzers: tuple[Analyzer[Any], ...]) -> 
     options: Inputs = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
         options["logits_to_keep"] = 1
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        hf_model(**batch.inputs, **options)
+    try:
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+            hf_model(**batch.inputs, **options)
+    except ValueError as error:
+        # Such as fewer placeholders than the media have tokens.
+        raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error
 
 
 def _batch(model: Any, group: list[Any], start: int) -> Batch:

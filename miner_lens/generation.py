@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miner_lens.media import load_media
 from miner_lens.models import hf_model_of, is_bridge
-from miner_lens.sample import Message, load_media
+from miner_lens.sample import Message, SampleError
 
 Inputs = dict[str, Any]
 
@@ -21,7 +22,7 @@ def prepare_inputs(
 
     Raises:
         ValueError: The model has no processor.
-        SampleError: An image or a video cannot be read.
+        SampleError: A medium cannot be read, or the processor refuses the conversation.
     """
     processor = getattr(model, "processor", None)
     if processor is None:
@@ -29,14 +30,19 @@ def prepare_inputs(
             "This model has no processor, so it cannot read messages. Set model.processor "
             "(ml.load does), or pass prepared model inputs."
         )
-    batch = processor.apply_chat_template(
-        [load_media(messages, processor) for messages in conversations],
-        tokenize=True,
-        add_generation_prompt=add_generation_prompt,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
+    opened = [load_media(messages, processor) for messages in conversations]
+    try:
+        batch = processor.apply_chat_template(
+            opened,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+    except ValueError as error:
+        # Such as a text that spells out more placeholders than there are media.
+        raise SampleError(f"The processor cannot read this conversation: {error}") from error
     return to_device(dict(batch), hf_model_of(model).device)
 
 
