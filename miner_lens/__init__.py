@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from miner_lens import datasets, kernels, organisms, plots
     from miner_lens.ablation import ablate, ablation_hooks
     from miner_lens.analyzer import Analyzer, Batch, run
+    from miner_lens.baking import bake
     from miner_lens.evaluation import accuracy, answers
     from miner_lens.generation import generate, inputs
     from miner_lens.identity import ModelIdentity
@@ -42,6 +43,7 @@ _HOMES = {
     "Analyzer": "analyzer",
     "Batch": "analyzer",
     "run": "analyzer",
+    "bake": "baking",
     "accuracy": "evaluation",
     "answers": "evaluation",
     "ModelIdentity": "identity",
@@ -73,6 +75,7 @@ __all__ = [
     "ablation_hooks",
     "accuracy",
     "answers",
+    "bake",
     "datasets",
     "generate",
     "inputs",

@@ -59,7 +59,7 @@ def ablate(
             logits = model(**inputs)
     """
     mlps = gated_mlps(model)
-    write = _Write(model, _union(neurons), value, at, complement)
+    write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _Tokens(layout(model) if at is not None else None, at)
     handles = []
     try:
@@ -96,7 +96,7 @@ def ablation_hooks(
             "Wrap it with ml.wrap, or use ml.ablate, which takes plain Hugging Face models."
         )
     prepare(model)
-    write = _Write(model, _union(neurons), value, at, complement)
+    write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _Tokens(layout(model) if at is not None else None, at)
     hooks: list[Hook] = []
     if at is not None:
@@ -106,15 +106,24 @@ def ablation_hooks(
     return hooks
 
 
-def _union(neurons: Neurons) -> NeuronSet:
-    if isinstance(neurons, NeuronSet):
-        return neurons
-    if not isinstance(neurons, Mapping) or not neurons:
+def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
+    """All of the neurons as one set that belongs to this model.
+
+    Raises:
+        ValueError: They are another model's, or no neurons at all but something else.
+    """
+    if isinstance(neurons, Mapping) and neurons:
+        neurons = NeuronSet.union(neurons.values())
+    if not isinstance(neurons, NeuronSet):
         raise ValueError(
             "neurons must be a NeuronSet or a non-empty mapping of modality to NeuronSet, as "
             f"select returns it, not {type(neurons).__name__}."
         )
-    return NeuronSet.union(neurons.values())
+    if neurons.identity is not None:
+        neurons.identity.check(identity(model, neurons.site), "The NeuronSet")
+    else:
+        _check_shape(model, neurons)
+    return neurons
 
 
 class _Tokens:
@@ -149,13 +158,7 @@ class _Tokens:
 class _Write:
     """What to write into which neurons."""
 
-    def __init__(
-        self, model: Any, neurons: NeuronSet, value: Value, at: str | None, complement: bool
-    ) -> None:
-        if neurons.identity is not None:
-            neurons.identity.check(identity(model, neurons.site))
-        else:
-            _check_shape(model, neurons)
+    def __init__(self, neurons: NeuronSet, value: Value, at: str | None, complement: bool) -> None:
         if isinstance(value, str) and value not in ("zero", "min", "mean"):
             raise ValueError(f"value must be 'zero', 'min', 'mean' or a number, not {value!r}.")
         if value == "mean" and neurons.means is None:
