@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -24,9 +25,10 @@ from rich.text import Text
 from torch import Tensor
 
 from miner_lens import attention
+from miner_lens.checkpoint import Checkpoint
 from miner_lens.generation import Inputs, prepare_inputs, to_device
 from miner_lens.modality import Masks
-from miner_lens.models import hf_model_of, is_bridge, layout, prepare
+from miner_lens.models import hf_model_of, identity, is_bridge, layout, prepare
 from miner_lens.sample import Sample, SampleError
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -108,6 +110,15 @@ class Analyzer(Protocol[R]):
 
 
 @runtime_checkable
+class KnowsModel(Protocol):
+    """An analyzer that wants to know the model before the first batch."""
+
+    def begin(self, model: Any) -> None:
+        """Note the model that is about to run."""
+        ...
+
+
+@runtime_checkable
 class CountsSkipped(Protocol):
     """An analyzer that keeps count of the samples that `run` skipped."""
 
@@ -124,6 +135,8 @@ def run(
     limit: int | None = None,
     on_error: OnError = "raise",
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 60.0,
 ) -> Any:
     """Show every sample to the model once, prefill only, with all analyzers reading along.
 
@@ -140,19 +153,36 @@ def run(
         on_error: What to do with a sample that cannot be read or gives NaN or infinite
             activations: raise `SampleError`, or skip and count it.
         progress: Whether to show a progress bar with samples per second.
+        checkpoint: A folder in which to keep the analyzers' states. Called again with the same
+            model, data and settings, a run that was stopped, also by SIGKILL, continues from the
+            last write; its result is the one of an uninterrupted run, bit for bit.
+        checkpoint_every: Seconds between two writes.
 
     Returns:
         The analyzer's result, or a tuple of results where there are several.
 
     Raises:
-        ValueError: No data, no usable sample, no analyzer, or not a bridge.
+        ValueError: No data, no usable sample, no analyzer, not a bridge, or a checkpoint of
+            another run.
         SampleError: A sample is unusable and `on_error="raise"`.
     """
     _check_arguments(model, analyzers, batch_size, on_error)
     prepare(model)
+    for analyzer in analyzers:
+        if isinstance(analyzer, KnowsModel):
+            analyzer.begin(model)
     items = iter(data if limit is None else islice(data, limit))
     seen = skipped = 0
+    keeper = None
+    if checkpoint is not None:
+        settings = _settings(model, analyzers, batch_size, on_error)
+        keeper = Checkpoint(checkpoint, checkpoint_every, settings)
+        seen = keeper.restore(analyzers)
+        if seen:
+            keeper.pass_over(islice(items, seen))
+        skipped = keeper.skipped
     with _evaluating(model), _Bar(progress, _length(data, limit)) as bar:
+        bar.advance(seen, skipped)
         for group in _groups(items, batch_size):
             failures = _pass(model, group, seen, analyzers, on_error)
             seen += len(group)
@@ -161,12 +191,25 @@ def run(
             for analyzer in analyzers if failures else ():
                 if isinstance(analyzer, CountsSkipped):
                     analyzer.skip(failures)
+            if keeper is not None:
+                keeper.update(group, failures, analyzers)
+    if keeper is not None:
+        keeper.write(analyzers)
     if seen == 0:
         raise ValueError("There is no data: the iterable of samples is empty.")
     if skipped == seen:
         raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
     results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
+
+
+def _settings(
+    model: Any, analyzers: tuple[Any, ...], batch_size: int, on_error: str
+) -> dict[str, Any]:
+    """What must be the same when a run is continued."""
+    kinds = [[type(one).__name__, getattr(one, "settings", {})] for one in analyzers]
+    who = identity(model).to_dict()
+    return {"model": who, "analyzers": kinds, "batch_size": batch_size, "on_error": on_error}
 
 
 def _check_arguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -48,10 +49,15 @@ class ImportanceAnalyzer:
         self._means: dict[str, Tensor] = {}
         self._pass: _Pass | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What two analyzers must share to be merged or continued."""
+        return {"attention": self.attention}
+
     def hooks(self, model: Any, batch: Batch | None = None) -> list[Hook]:
         """Hooks on Q and K after RoPE and on X of every layer; see `Analyzer.hooks`."""
         prepare(model)
-        self._remember(identity(model))
+        self.begin(model)
         if batch is not None:
             self._pass = _Pass(batch.masks, batch.real, self.attention == "causal")
             return self._pass.hooks(len(model.blocks))
@@ -75,6 +81,10 @@ class ImportanceAnalyzer:
 
         inner = reading.hooks(len(model.blocks))
         return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
+
+    def begin(self, model: Any) -> None:
+        """Note the model, and refuse another one than before."""
+        self._remember(identity(model))
 
     def check(self, batch: Batch) -> None:
         """Raise `SampleError` naming layer and sample where an activation is NaN or infinite."""
@@ -129,10 +139,12 @@ class ImportanceAnalyzer:
     def state(self) -> State:
         """Sums of scores and of means by modality, with the counts that they are sums over."""
         state = {"samples": torch.tensor(self._samples), "skipped": torch.tensor(self._skipped)}
-        for modality in self.modalities:
-            state[f"{modality}.scores"] = self._scores[modality]
-            state[f"{modality}.means"] = self._means[modality]
-            state[f"{modality}.occurrences"] = torch.tensor(self._occurrences[modality])
+        for index, modality in enumerate(self.modalities):
+            # The number keeps the order of modalities, which files do not.
+            name = f"{index:03}.{modality}"
+            state[f"{name}.scores"] = self._scores[modality]
+            state[f"{name}.means"] = self._means[modality]
+            state[f"{name}.occurrences"] = torch.tensor(self._occurrences[modality])
         return state
 
     def restore(self, state: State) -> None:
@@ -140,12 +152,11 @@ class ImportanceAnalyzer:
         self._samples = int(state["samples"])
         self._skipped = int(state["skipped"])
         self.modalities = ()
-        for key in state:
-            modality, _, field = key.rpartition(".")
-            if field == "scores":
-                self._scores.pop(modality, None)
-                count = int(state[f"{modality}.occurrences"])
-                self._add(modality, state[key].clone(), state[f"{modality}.means"].clone(), count)
+        names = (key.removesuffix(".scores") for key in sorted(state) if key.endswith(".scores"))
+        for name in names:
+            parts = (state[f"{name}.{part}"].clone() for part in ("scores", "means", "occurrences"))
+            scores, means, occurrences = parts
+            self._add(name.partition(".")[2], scores, means, int(occurrences))
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0."""
@@ -184,8 +195,9 @@ class ImportanceAnalyzer:
             self._means[modality] = means
             self._occurrences[modality] = occurrences
         else:
-            self._scores[modality] += scores
-            self._means[modality] += means
+            # Restored sums lie on the CPU at first.
+            self._scores[modality] = self._scores[modality].to(scores.device) + scores
+            self._means[modality] = self._means[modality].to(means.device) + means
             self._occurrences[modality] += occurrences
 
 
@@ -260,6 +272,8 @@ def mine(
     limit: int | None = None,
     on_error: OnError = "raise",
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 60.0,
 ) -> ImportanceScores:
     """Score every neuron by how much each modality's tokens drive it.
 
@@ -273,6 +287,8 @@ def mine(
         limit: Stop after this many samples.
         on_error: `"raise"` or `"skip"` samples that cannot be used.
         progress: Whether to show a progress bar.
+        checkpoint: A folder from which a run that was stopped continues.
+        checkpoint_every: Seconds between two writes to it.
 
     Returns:
         Scores [metric modality layer neuron], each in 0 to 1.
@@ -286,6 +302,8 @@ def mine(
         limit=limit,
         on_error=on_error,
         progress=progress,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
     )
     return scores
 
