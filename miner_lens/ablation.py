@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from miner_lens.modality import ModalityLayout
 from miner_lens.models import (
     GatedMLP,
+    PassInputs,
     gated_mlps,
     hf_model_of,
     identity,
@@ -60,12 +60,13 @@ def ablate(
     """
     mlps = gated_mlps(model)
     write = _Write(check_neurons(model, neurons), value, at, complement)
-    tokens = _Tokens(layout(model) if at is not None else None, at)
+    tokens = _Tokens(model, at)
     handles = []
     try:
         if write.needs_tokens:
             hf_model = hf_model_of(model)
             handles.append(hf_model.register_forward_pre_hook(tokens.see, with_kwargs=True))
+            handles.append(hf_model.register_forward_hook(tokens.forget, always_call=True))
         for layer, index in write.indices(mlps).items():
             hook = _module_hook(write, tokens, layer, index)
             handles.append(mlps[layer].activation.register_forward_hook(hook))
@@ -84,8 +85,7 @@ def ablation_hooks(
 ) -> list[Hook]:
     """The same ablation as a list for TransformerLens's `run_with_hooks(fwd_hooks=...)`.
 
-    Args are those of `ablate`. With `value="min"`, padding cannot be told from tokens here and
-    counts; use `ablate` for padded batches.
+    Args are those of `ablate`.
 
     Raises:
         ValueError: As `ablate`, or the model is not a `TransformerBridge`.
@@ -97,12 +97,13 @@ def ablation_hooks(
         )
     prepare(model)
     write = _Write(check_neurons(model, neurons), value, at, complement)
-    tokens = _Tokens(layout(model) if at is not None else None, at)
+    tokens = _Tokens(model, at)
+    seen = model._miner_lens_inputs
     hooks: list[Hook] = []
-    if at is not None:
-        hooks.append(("embed.hook_in", tokens.see_ids))
     for layer, index in write.indices(gated_mlps(model)).items():
-        hooks.append((f"blocks.{layer}.mlp.act.hook_out", _point_hook(write, tokens, layer, index)))
+        hooks.append(
+            (f"blocks.{layer}.mlp.act.hook_out", _point_hook(write, tokens, seen, layer, index))
+        )
     return hooks
 
 
@@ -126,40 +127,38 @@ def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
     return neurons
 
 
-class _Tokens:
-    """Remembers the tokens of the pass that is running: which are real, which are ablated."""
+class _Tokens(PassInputs):
+    """Knows of the pass that is running which tokens are real, and which are to be ablated."""
 
-    def __init__(self, layout: ModalityLayout | None, at: str | None) -> None:
-        self.layout = layout
+    def __init__(self, model: Any, at: str | None) -> None:
+        super().__init__()
+        self._looked_up: tuple[Tensor, Tensor] | None = None
         self.at = at
-        self.real: Tensor | None = None
-        self.chosen: Tensor | None = None
-        if layout is not None:
-            known = layout.masks(torch.zeros(1, 1, dtype=torch.long))
+        self.layout = None if at is None else layout(model)
+        if self.layout is not None:
+            known = self.layout.masks(torch.zeros(1, 1, dtype=torch.long))
             if at not in known:
                 raise ValueError(f"The model has no modality {at!r}; it has {', '.join(known)}.")
 
-    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
-        self.real = self.chosen = None
-        if ids is None:
-            return
-        if mask is not None and mask.ndim == 2:
-            # While decoding with a cache the mask spans the past as well.
-            self.real = mask[:, -ids.shape[1] :].to(torch.bool)
-        self.see_ids(ids)
+    def chosen(self) -> Bool[Tensor, "batch pos"] | None:
+        """The tokens of the modality to ablate at, or None where it is everywhere."""
+        if self.layout is None or self.at is None or self.ids is None:
+            return None
+        if self._looked_up is None or self._looked_up[0] is not self.ids:
+            self._looked_up = (self.ids, self.layout.masks(self.ids, self.real)[self.at])
+        return self._looked_up[1]
 
-    def see_ids(self, ids: Tensor, hook: Any = None) -> None:
-        if self.layout is not None and self.at is not None:
-            self.chosen = self.layout.masks(ids, self.real)[self.at]
+    def forget(self, *_: Any) -> None:
+        """What was seen is of no later pass."""
+        super().forget()
+        self._looked_up = None
 
 
 class _Write:
     """What to write into which neurons."""
 
     def __init__(self, neurons: NeuronSet, value: Value, at: str | None, complement: bool) -> None:
-        if isinstance(value, str) and value not in ("zero", "min", "mean"):
+        if not isinstance(value, int | float) and value not in ("zero", "min", "mean"):
             raise ValueError(f"value must be 'zero', 'min', 'mean' or a number, not {value!r}.")
         if value == "mean" and neurons.means is None:
             raise ValueError(
@@ -227,14 +226,18 @@ def _check_shape(model: Any, neurons: NeuronSet) -> None:
 
 def _module_hook(write: _Write, tokens: _Tokens, layer: int, index: Tensor) -> Any:
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        return write(output, layer, index, tokens.real, tokens.chosen)
+        if next(iter(module._forward_hooks.values())) is not hook:
+            # Somebody else saw this tensor before and may have kept it.
+            output = output.clone()
+        return write(output, layer, index, tokens.real, tokens.chosen())
 
     return hook
 
 
-def _point_hook(write: _Write, tokens: _Tokens, layer: int, index: Tensor) -> Any:
+def _point_hook(write: _Write, tokens: _Tokens, seen: PassInputs, layer: int, index: Tensor) -> Any:
     def hook(x: Tensor, hook: Any) -> Tensor:
+        tokens.ids, tokens.real = seen.ids, seen.real
         # What a hook point hands out may be cached by others, so it is not changed in place.
-        return write(x.clone(), layer, index, None, tokens.chosen)
+        return write(x.clone(), layer, index, tokens.real, tokens.chosen())
 
     return hook

@@ -221,6 +221,8 @@ def _check_arguments(
         )
     if not analyzers:
         raise ValueError("run needs at least one analyzer, such as ml.ImportanceAnalyzer().")
+    if len({id(analyzer) for analyzer in analyzers}) < len(analyzers):
+        raise ValueError("An analyzer was given twice; each keeps its own state.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     if on_error not in ("raise", "skip"):
@@ -294,6 +296,8 @@ def _prepared(model: Any, pair: Any, start: int) -> Batch:
     if "input" in inputs:
         inputs["input_ids"] = inputs.pop("input")
     masks = to_device(dict(pair[1]), device)
+    if "input_ids" not in inputs:
+        raise ValueError(f"Item {start}: the model inputs have no input_ids.")
     shape = inputs["input_ids"].shape
     for modality, mask in masks.items():
         if mask.shape != shape or mask.dtype != torch.bool:
@@ -305,7 +309,11 @@ def _prepared(model: Any, pair: Any, start: int) -> Batch:
         raise ValueError(f"Item {start}: masks must name at least one modality.")
     rows = range(shape[0])
     names = (f"sample {start}",) if len(rows) == 1 else (f"sample {start}, row {r}" for r in rows)
-    return Batch(inputs, masks, tuple(names))
+    batch = Batch(inputs, masks, tuple(names))
+    for modality, mask in masks.items():
+        if bool((mask & ~batch.real).any()):
+            raise ValueError(f"Item {start}: the mask of {modality!r} marks padding as well.")
+    return batch
 
 
 def _groups(items: Iterator[Any], batch_size: int) -> Iterator[list[Any]]:

@@ -29,24 +29,30 @@ def demo(
     from miner_lens.demo import run_demo
 
     _without_progress_bars()
-    run_demo(out, samples)
+    with _clear_errors():
+        run_demo(out, samples)
 
 
 @app.command()
 def info(model: Model) -> None:
     """Show a model's sites, layers, neurons and modalities."""
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from miner_lens import models
 
     bridge = _load(model)
-    who = models.identity(bridge)
-    known = models.layout(bridge)
+    with _clear_errors():
+        who = models.identity(bridge)
+    try:
+        known = models.layout(bridge)
+        modalities = ", ".join(known.masks(torch.zeros(1, 1, dtype=torch.long)))
+    except ValueError:
+        modalities = "unknown: this family has no modality layout"
     table = Table(title=f"{who.name} ({who.architecture})")
     for column in ("site", "layers", "neurons per layer", "modalities"):
         table.add_column(column)
-    modalities = ", ".join(["text", "special", *known.media])
     table.add_row(who.site, str(who.layers), str(who.neurons), modalities)
     Console().print(table)
 
@@ -67,6 +73,9 @@ def mine(
     import miner_lens as ml
 
     with _clear_errors():
+        if out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder; name a file for the scores.")
+        out.parent.mkdir(parents=True, exist_ok=True)
         samples = ml.datasets.load(data, split=split, limit=limit, ask=ask)
         scores = ml.mine(
             _load(model),
@@ -94,8 +103,13 @@ def select(
     with _clear_errors():
         chosen = ml.ImportanceScores.load(scores).select(ratio, strategy, split=split, seed=seed)
         out.mkdir(parents=True, exist_ok=True)
+        paths = {modality: out / f"neurons-{modality}.safetensors" for modality in chosen}
+        if others := sorted(set(out.glob("neurons-*.safetensors")) - set(paths.values())):
+            raise FileExistsError(
+                f"{out} holds another selection ({others[0].name}, for one); name another folder."
+            )
         for modality, neurons in chosen.items():
-            neurons.save(out / f"neurons-{modality}.safetensors")
+            neurons.save(paths[modality])
             typer.echo(f"{modality}: {neurons!r}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,16 @@ DESCRIPTIONS = (
     "one {colour} {shape} and nothing else.",
     "the scene: a single {shape}, all {colour}.",
 )
+
+
+class SampleList(list[Sample]):
+    """Samples that know what data set they are, for the scores mined from them."""
+
+    def __init__(self, samples: Iterable[Sample], name: str) -> None:
+        super().__init__(samples)
+        self.name = name
+
+
 ASKS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 SPLITS = ("train", "test")
 
@@ -115,7 +125,7 @@ _LOADERS = {"easy-vqa": _easy_vqa}
 
 def load(
     name: str, split: str = "test", limit: int | None = None, ask: str = "image"
-) -> list[Sample]:
+) -> SampleList:
     """Load a data set by name, as a list of samples.
 
     `easy-vqa` (Zhou 2019) asks about images of one coloured shape: 38,575 training and
@@ -150,4 +160,4 @@ def load(
     if limit is not None and limit < 0:
         raise ValueError(f"limit is {limit}; give a number of samples, or None for all of them.")
     assert loader is not None
-    return loader(split, ASKS[ask], limit)
+    return SampleList(loader(split, ASKS[ask], limit), f"{name.replace('_', '-')}/{split}/{ask}")

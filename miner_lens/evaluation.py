@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -65,12 +65,14 @@ def accuracy(
     Raises:
         ValueError: There are no samples, or one has no accepted answer.
     """
-    batches = list(_rendered(model, data, batch_size))
-    given = answers(model, batches, max_new_tokens=max_new_tokens)
-    samples = [sample for questions in batches for sample in questions.samples]
-    if not samples:
+    right = total = 0
+    for questions in _rendered(model, data, batch_size):
+        given = generate_from(model, questions.inputs, max_new_tokens)
+        right += sum(map(is_right, questions.samples, given))
+        total += len(given)
+    if total == 0:
         raise ValueError("There is no data: the iterable of samples is empty.")
-    return sum(map(is_right, samples, given)) / len(samples)
+    return right / total
 
 
 def is_right(sample: Sample, answer: str) -> bool:
@@ -82,7 +84,10 @@ def is_right(sample: Sample, answer: str) -> bool:
 
 def _rendered(
     model: Any, data: Iterable[Sample] | Iterable[Questions], batch_size: int
-) -> Sequence[Questions] | Iterator[Questions]:
-    if isinstance(data, list) and data and isinstance(data[0], Questions):
-        return data
-    return render(model, data, batch_size)  # type: ignore[arg-type]
+) -> Iterator[Questions]:
+    items: Iterator[Any] = iter(data)
+    for first in items:
+        if isinstance(first, Questions):
+            yield first
+        else:
+            yield from render(model, [first, *islice(items, batch_size - 1)], batch_size)

@@ -37,6 +37,8 @@ def write(
         TypeError: If the metadata is not JSON.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write to.")
     data = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         text = json.dumps(metadata)

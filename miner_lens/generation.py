@@ -40,7 +40,7 @@ def prepare_inputs(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
-    except ValueError as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         # Such as a text that spells out more placeholders than there are media.
         raise SampleError(f"The processor cannot read this conversation: {error}") from error
     return to_device(dict(batch), hf_model_of(model).device)
@@ -90,6 +90,8 @@ def generate(
     Returns:
         The answer, or one answer for each conversation.
     """
+    if not messages:
+        raise ValueError("There is no message to answer.")
     single = isinstance(messages[0], dict)
     conversations: Any = [messages] if single else messages
     batch = prepare_inputs(model, conversations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -12,7 +12,7 @@ class ModelIdentity:
     """The model that a result came from, as far as a result must know it.
 
     Attributes:
-        name: Hub name or path.
+        name: Hub name or path; not compared, as the same model may be loaded from several places.
         architecture: Class name of the Hugging Face model.
         layers: Number of layers that have neurons.
         neurons: Number of neurons in each layer.
@@ -24,7 +24,7 @@ class ModelIdentity:
         >>> big.check(big)
     """
 
-    name: str
+    name: str = field(compare=False)
     architecture: str
     layers: int
     neurons: int

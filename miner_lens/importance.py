@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from miner_lens.scores import ImportanceScores
 
 NO_ROTATED = (
     "This model's attention fires no hook_rot_q and hook_rot_k, so its queries and keys after RoPE "
-    "cannot be read. Its TransformerLens adapter needs maintain_native_attention=True."
+    "cannot be read. Its TransformerLens adapter needs maintain_native_attention=True, and its "
+    "attention implementation must be sdpa or eager."
 )
 
 AttentionMode = Literal["bidirectional", "causal"]
@@ -57,25 +59,30 @@ class ImportanceAnalyzer:
     def hooks(self, model: Any, batch: Batch | None = None) -> list[Hook]:
         """Hooks on Q and K after RoPE and on X of every layer; see `Analyzer.hooks`."""
         prepare(model)
-        self.begin(model)
+        if batch is None or self.identity is None:
+            self.begin(model)
         if batch is not None:
             self._pass = _Pass(batch.masks, batch.real, self.attention == "causal")
             return self._pass.hooks(len(model.blocks))
         return self._plain_hooks(model)
 
     def _plain_hooks(self, model: Any) -> list[Hook]:
-        """Hooks for `run_with_hooks`: masks are read off the token ids, all of them real."""
+        """Hooks for `run_with_hooks`; they read masks off the ids and pass decoding steps by."""
         known = layout(model)
+        inputs = model._miner_lens_inputs
         reading = _Pass({}, torch.empty(0), self.attention == "causal")
         batches: list[Batch] = []
 
         def begin(ids: Tensor, hook: Any) -> None:
-            masks = known.masks(ids)
+            real = torch.ones_like(ids, dtype=torch.bool) if inputs.real is None else inputs.real
+            masks = known.masks(ids, real)
             batches[:] = [Batch({"input_ids": ids}, masks, tuple(map(str, range(len(ids)))))]
-            reading.begin(masks, batches[0].real)
+            reading.begin(masks, real)
             self._pass = reading
 
         def end(residual: Tensor, hook: Any) -> None:
+            if reading.decoding:
+                return
             self.check(batches[0])
             self.update(batches[0])
 
@@ -83,8 +90,15 @@ class ImportanceAnalyzer:
         return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
 
     def begin(self, model: Any) -> None:
-        """Note the model, and refuse another one than before."""
+        """Note the model; refuse another one than before, or one whose pattern is not computed.
+
+        Raises:
+            ValueError: For causal attention, the model's own pattern has a sliding window, a soft
+                cap or another scale.
+        """
         self._remember(identity(model))
+        if self.attention == "causal":
+            _require_plain_attention(model)
 
     def check(self, batch: Batch) -> None:
         """Raise `SampleError` naming layer and sample where an activation is NaN or infinite."""
@@ -138,17 +152,27 @@ class ImportanceAnalyzer:
 
     def state(self) -> State:
         """Sums of scores and of means by modality, with the counts that they are sums over."""
-        state = {"samples": torch.tensor(self._samples), "skipped": torch.tensor(self._skipped)}
+        state = {
+            "samples": torch.tensor(self._samples),
+            "skipped": torch.tensor(self._skipped),
+            "causal": torch.tensor(self.attention == "causal"),
+        }
         for index, modality in enumerate(self.modalities):
             # The number keeps the order of modalities, which files do not.
             name = f"{index:03}.{modality}"
-            state[f"{name}.scores"] = self._scores[modality]
-            state[f"{name}.means"] = self._means[modality]
+            state[f"{name}.scores"] = self._scores[modality].clone()
+            state[f"{name}.means"] = self._means[modality].clone()
             state[f"{name}.occurrences"] = torch.tensor(self._occurrences[modality])
         return state
 
     def restore(self, state: State) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned.
+
+        Raises:
+            ValueError: The state was made under the other kind of attention.
+        """
+        if bool(state["causal"]) != (self.attention == "causal"):
+            raise ValueError(f"The state is not of scores under {self.attention} attention.")
         self._samples = int(state["samples"])
         self._skipped = int(state["skipped"])
         self.modalities = ()
@@ -224,6 +248,7 @@ class _Pass:
         self.masks = torch.stack(list(masks.values()), dim=1) if masks else torch.empty(0)
         self.real = real
         self.device = self.masks.device
+        self.decoding = False
         self.scores: list[Float[Tensor, "metric modality neuron"]] = []
         self.means: list[Float[Tensor, "modality neuron"]] = []
         self.finite: list[Bool[Tensor, " batch"]] = []
@@ -245,6 +270,11 @@ class _Pass:
         # TransformerLens hands out [batch pos head d_head].
         if self._query is None:
             raise RuntimeError(NO_ROTATED)
+        if self._query.shape[1] != key.shape[1]:
+            # A step of generation, whose keys are mostly the prompt's: only prefill is scored.
+            self.decoding = True
+            self._query = None
+            return
         real = self.real.to(key.device)
         pattern = kernels.head_mean_attention(
             self._query.transpose(1, 2), key.transpose(1, 2), causal=self.causal, mask=real
@@ -253,6 +283,8 @@ class _Pass:
         self._sums = kernels.attention_sums(pattern, self.masks.to(key.device))
 
     def _see_activation(self, x: Tensor, hook: Any) -> None:
+        if self.decoding:
+            return
         if self._sums is None:
             raise RuntimeError(NO_ROTATED)
         masks = self.masks.to(x.device)
@@ -306,6 +338,29 @@ def mine(
         checkpoint_every=checkpoint_every,
     )
     return scores
+
+
+def _require_plain_attention(model: Any) -> None:
+    """Refuse patterns other than softmax(QK^T / sqrt d) over all earlier tokens."""
+    for layer, block in enumerate(model.blocks):
+        attention = getattr(block.attn, "original_component", None) or block.attn
+        width: Any = getattr(attention, "head_dim", None)
+        scale: Any = getattr(attention, "scaling", None)
+        # Some families keep the window on each layer, where it may be off, others in the config.
+        held_by = attention if hasattr(attention, "sliding_window") else attention.config
+        window = getattr(held_by, "sliding_window", None)
+        other = {
+            "a sliding window": window is not None,
+            "a soft cap": getattr(attention, "attn_logit_softcapping", None) is not None,
+            "another scale": None not in (width, scale)
+            and not math.isclose(scale, width**-0.5, rel_tol=1e-6),
+        }
+        found = [name for name, present in other.items() if present]
+        if found:
+            raise ValueError(
+                f"attention='causal' scores plain softmax(QK^T / sqrt d), but layer {layer} of "
+                f"this model attends with {' and '.join(found)}. Use attention='bidirectional'."
+            )
 
 
 def _wide(tensor: Tensor) -> Tensor:

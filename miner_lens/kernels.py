@@ -33,7 +33,8 @@ def head_mean_attention(
         mask: True at real tokens. Padding keys get no weight; rows of padding queries are 0.
 
     Raises:
-        ValueError: If the key heads do not divide the query heads.
+        ValueError: If the key heads do not divide the query heads, or there are not as many keys
+            as queries.
 
     Example:
         >>> q = k = torch.zeros(1, 2, 3, 4)
@@ -46,6 +47,11 @@ def head_mean_attention(
         raise ValueError(
             f"q has {heads} heads and k has {kv_heads}; every key head must serve the same number "
             f"of query heads. Pass k as the model's k_proj gives it, or repeat its heads."
+        )
+    if k.shape[2] != pos:
+        raise ValueError(
+            f"q has {pos} positions and k has {k.shape[2]}. Pass a whole prompt, not a step of "
+            f"generation."
         )
     group = heads // kv_heads
     q = rearrange(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from miner_lens.sample import Message, SampleError
 
@@ -30,9 +30,12 @@ def load_media(messages: Sequence[Message], processor: Any = None) -> list[dict[
         SampleError: A medium cannot be read, or is of a kind that is not supported.
         ImportError: The package that decodes this kind of file is missing.
     """
-    return [
-        {**message, "content": _load_content(message["content"], processor)} for message in messages
-    ]
+    opened = []
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise SampleError(f"A message needs a role and a content, not {message!r:.100}.")
+        opened.append({**message, "content": _load_content(message["content"], processor)})
+    return opened
 
 
 def _load_content(content: Any, processor: Any) -> Any:
@@ -41,11 +44,18 @@ def _load_content(content: Any, processor: Any) -> Any:
     return [_load_part(part, processor) for part in content]
 
 
-def _load_part(part: Mapping[str, Any], processor: Any) -> dict[str, Any]:
-    kind = part.get("type")
+def _load_part(part: Any, processor: Any) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or "type" not in part:
+        raise SampleError(f"A part of a message needs a type, not {part!r:.100}.")
+    kind = str(part["type"]).removesuffix("_url")
     if kind not in ("image", "video", "audio"):
         return dict(part)
-    source = part.get(kind, part.get("path"))
+    named = (part[key] for key in (kind, f"{kind}_url", "path", "url") if key in part)
+    source = next(named, None)
+    if isinstance(source, Mapping) and "url" in source:
+        source = source["url"]
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise SampleError(f"Nothing is fetched from a network: download {source} first.")
     if kind == "image":
         return {"type": kind, kind: load_image(source)}
     if kind == "video":
@@ -63,7 +73,8 @@ def load_image(source: Any) -> Image.Image:
         )
     try:
         with Image.open(_file(source)) as image:
-            return image.convert("RGB")
+            # As Hugging Face reads files: upright, whichever way the camera was held.
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError(f"Cannot read an image from {_what(source)}: {error}") from error
 
@@ -71,6 +82,8 @@ def load_image(source: Any) -> Image.Image:
 def load_video(source: Any, processor: Any) -> Any:
     """Decode a video file with PyAV; frames pass as images do."""
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        if not source:
+            raise SampleError("A video needs at least one frame.")
         return [load_image(frame) for frame in source]
     if not isinstance(source, str | Path):
         raise SampleError(

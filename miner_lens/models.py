@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miner_lens import organisms
 from miner_lens.identity import ModelIdentity
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
-
-_fingerprints: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -47,8 +44,8 @@ def load(
         revision: Hub branch, tag or commit.
 
     Returns:
-        A `TransformerBridge` with `.processor` and `.modality_layout`. Its logits equal those
-        of the plain Hugging Face model.
+        A `TransformerBridge` with `.processor` and `.modality_layout`. The logits of Qwen2-VL and
+        Qwen2-Audio equal those of the plain Hugging Face model bit for bit.
 
     Raises:
         ValueError: The model family is unknown, or both `device` and `device_map` are given.
@@ -107,7 +104,10 @@ def wrap(
         model_name=model_name(hf_model),
     )
     bridge.processor = processor
-    bridge.modality_layout = layout_for(architecture, hf_model.config, tokenizer)
+    # Without a tokenizer some delimiters are unknown; `layout` looks again when one is there.
+    bridge.modality_layout = (
+        None if tokenizer is None else layout_for(architecture, hf_model.config, tokenizer)
+    )
     return prepare(bridge)
 
 
@@ -117,12 +117,16 @@ def prepare(bridge: Any) -> Any:
     These are `blocks.{i}.mlp.act.hook_out` on every gated MLP and live `hook_rot_q` and
     `hook_rot_k`. Idempotent, and changes no output. Plain Hugging Face models pass unchanged.
     """
-    if not is_bridge(bridge) or getattr(bridge, "_miner_lens_prepared", False):
+    if not is_bridge(bridge):
         return bridge
     from miner_lens import attention
 
-    blocks = list(bridge.blocks)
+    # Each time, because the model's attention setting may have been changed since.
     attention.install(attention.attentions_of(bridge))
+    hf_model = bridge.original_model
+    if vars(bridge).get("_miner_lens_prepared") == id(hf_model):  # a deep copy has another
+        return bridge
+    blocks = list(bridge.blocks)
     added = [_attach_activation(block.mlp) for block in blocks if "mlp" in block._modules]
     if any(added):
         bridge._scan_existing_hooks(bridge, "")
@@ -130,8 +134,34 @@ def prepare(bridge: Any) -> Any:
         driver.supported_hook_points |= (
             frozenset(bridge.hook_dict) - driver.non_fireable_hook_points
         )
-    bridge._miner_lens_prepared = True
+    seen = PassInputs()
+    hf_model.register_forward_pre_hook(seen.see, with_kwargs=True)
+    hf_model.register_forward_hook(seen.forget, always_call=True)
+    bridge._miner_lens_inputs = seen
+    bridge._miner_lens_prepared = id(hf_model)
     return bridge
+
+
+class PassInputs:
+    """The token ids and the padding mask of the forward pass that is running."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.real: Tensor | None = None
+
+    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the Hugging Face model."""
+        self.ids = kwargs.get("input_ids", args[0] if args else None)
+        self.real = None
+        mask = kwargs.get("attention_mask")
+        # A static cache passes a mapping of prepared masks instead.
+        if self.ids is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            # While decoding with a cache the mask spans the past as well.
+            self.real = mask[:, -self.ids.shape[1] :].to(torch.bool)
+
+    def forget(self, *_: Any) -> None:
+        """A forward hook of the Hugging Face model: what was seen is of no later pass."""
+        self.ids = self.real = None
 
 
 def _attach_activation(mlp: Any) -> bool:
@@ -193,6 +223,10 @@ def gated_mlps(model: Any) -> list[GatedMLP]:
     """
     hf_model = hf_model_of(model)
     found = []
+    if not hasattr(hf_model, "get_decoder"):
+        raise ValueError(
+            f"Expected a TransformerBridge or a Hugging Face model, got {type(model).__name__}."
+        )
     decoder = hf_model.get_decoder()
     # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
     layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
@@ -220,9 +254,10 @@ def gated_mlps(model: Any) -> list[GatedMLP]:
 def identity(model: Any, site: str = "llm") -> ModelIdentity:
     """Say which model this is, so that scores and neuron sets can refuse another one.
 
-    The fingerprint hashes a few hundred gate weights of three layers, rounded to bfloat16, so
-    that the dtype in which a checkpoint is loaded does not matter. It is None where weights
-    cannot be read (meta device, offloaded or packed by quantization).
+    The fingerprint hashes some thousand weights of the decoder, rounded to bfloat16, so that
+    float32 and bfloat16 copies of a checkpoint have the same; float16 rounds once more and may
+    have another. It is None where weights cannot be read (meta device, offloaded or packed by
+    quantization).
     """
     hf_model = hf_model_of(model)
     mlps = gated_mlps(model)
@@ -236,20 +271,18 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
     )
 
 
-def _fingerprint(hf_model: nn.Module, mlps: Sequence[GatedMLP]) -> str | None:
-    if hf_model not in _fingerprints:
-        digest = hashlib.sha256()
-        readable = True
-        for index in sorted({0, len(mlps) // 2, len(mlps) - 1}):
-            weight = mlps[index].gate.weight
-            readable &= weight.is_floating_point() and not weight.is_meta
-            if not readable:
-                break
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16)
-            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-        _fingerprints[hf_model] = digest.hexdigest()[:16] if readable else None
-    return _fingerprints[hf_model]
+def _fingerprint(hf_model: Any, mlps: Sequence[GatedMLP]) -> str | None:
+    layers = sorted({0, len(mlps) // 2, len(mlps) - 1})
+    weights = [w for n in layers for w in (mlps[n].gate.weight, mlps[n].down.weight)]
+    weights.append(hf_model.get_input_embeddings().weight)
+    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+        return None
+    digest = hashlib.sha256()
+    for weight in weights:
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16)
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def layout(model: Any) -> ModalityLayout:
@@ -276,7 +309,7 @@ def layout(model: Any) -> ModalityLayout:
 
 def _resolve(name_or_path: str | Path) -> str:
     name = str(name_or_path)
-    if name in organisms.names() and not Path(name).exists():
+    if name in organisms.names() and not Path(name, "config.json").exists():
         return str(organisms.path(name))
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -86,7 +87,9 @@ class NeuronSet:
         object.__setattr__(self, "neurons", neurons)
         object.__setattr__(self, "identity", identity)
         object.__setattr__(self, "_member", member)
-        object.__setattr__(self, "_means", None if means is None else means.detach().cpu().float())
+        object.__setattr__(
+            self, "_means", None if means is None else means.detach().cpu().float().clone()
+        )
 
     @classmethod
     def from_mask(
@@ -164,11 +167,12 @@ class NeuronSet:
         return ((layer, neuron) for layer, neuron in self._member.nonzero().tolist())
 
     def __contains__(self, pair: object) -> bool:
-        match pair:
-            case (int(layer), int(neuron)):
-                inside = 0 <= layer < self.layers and 0 <= neuron < self.neurons
-                return inside and bool(self._member[layer, neuron])
-        return False
+        try:
+            layer, neuron = map(operator.index, pair)  # type: ignore[call-overload]
+        except (TypeError, ValueError):
+            return False
+        inside = 0 <= layer < self.layers and 0 <= neuron < self.neurons
+        return inside and bool(self._member[layer, neuron])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NeuronSet):

@@ -77,12 +77,12 @@ class ImportanceScores:
 
     def __post_init__(self) -> None:
         fix = object.__setattr__
-        fix(self, "values", self.values.detach().float())
+        fix(self, "values", self.values.detach().float().clone())
         fix(self, "modalities", tuple(self.modalities))
         fix(self, "metrics", tuple(self.metrics))
         fix(self, "info", dict(self.info))
         if self.means is not None:
-            fix(self, "means", self.means.detach().float())
+            fix(self, "means", self.means.detach().float().clone())
         shape = tuple(self.values.shape)
         named = (len(self.metrics), len(self.modalities))
         if len(shape) != 4 or shape[:2] != named:

@@ -157,6 +157,8 @@ def budget(ratio: float, strategy: str, modalities: int, layers: int, neurons: i
     least, each = cells[strategy]
     if k < least:
         smallest = math.ceil(least / (layers * neurons) * 1e6) / 1e6
+        while int(smallest * layers * neurons) < least:
+            smallest += 1e-6
         raise ValueError(
             f"ratio {ratio} of {layers} layers x {neurons} neurons is {k} neurons; {strategy} "
             f"needs at least {least}, one{each}. The smallest ratio that works is {smallest:g}."

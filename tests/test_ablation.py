@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -202,18 +203,60 @@ def test_any_ablation_leaves_no_trace(
     assert torch.equal(logits(bridge, inputs), before)
 
 
-def test_padding_does_not_change_the_minimum(shapes: Any) -> None:
+@pytest.mark.parametrize("as_hooks", [False, True])
+def test_padding_has_no_part_in_the_minimum(shapes: Any, as_hooks: bool) -> None:
     messages = [
         [{"role": "user", "content": text}]
         for text in ("what color is the shape?", "a red circle is in the picture. is it red?")
     ]
-    mlp = models.identity(shapes)
-    some = ml.NeuronSet([(0, n) for n in range(40)], layers=mlp.layers, neurons=mlp.neurons)
-    with torch.no_grad(), ml.ablate(shapes, some, "min"):
-        alone = [shapes(**ml.inputs(shapes, one))[:, -1] for one in messages]
-        batch = generation.prepare_inputs(shapes, messages)
-        together = shapes(batch.pop("input_ids"), **batch)[:, -1]
-    torch.testing.assert_close(torch.cat(alone), together, atol=1e-4, rtol=0)
+    who = models.identity(shapes)
+    some = ml.NeuronSet([(0, n) for n in range(40)], layers=who.layers, neurons=who.neurons)
+    batch = generation.prepare_inputs(shapes, messages)
+    real = batch["attention_mask"].bool()
+    assert not real.all()
+    seen = []
+
+    def lower_at_padding(module: Any, args: Any, output: Any) -> Any:
+        return output.masked_fill(~real[..., None], -50.0)
+
+    names = ["blocks.0.mlp.act.hook_out"]
+    activation = models.gated_mlps(shapes)[0].activation
+    handle = activation.register_forward_hook(lower_at_padding)
+    with torch.no_grad():
+        _, cache = shapes.run_with_cache(batch["input_ids"], names_filter=names, **rest_of(batch))
+        wanted = cache[names[0]].masked_fill(~real[..., None], torch.inf).amin((1, 2))
+        hooks = ml.ablation_hooks(shapes, some, "min") if as_hooks else []
+        look = (names[0], lambda x, hook: seen.append(x))
+        with contextlib.nullcontext() if as_hooks else ml.ablate(shapes, some, "min"):
+            shapes.run_with_hooks(batch["input_ids"], fwd_hooks=[*hooks, look], **rest_of(batch))
+    handle.remove()
+    assert torch.equal(seen[0][:, :, 0], wanted[:, None].expand(seen[0].shape[:2]))
+
+
+def rest_of(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "input_ids"}
+
+
+def test_what_others_have_seen_is_not_overwritten(bridge: Any, inputs: dict[str, Any]) -> None:
+    kept = []
+    activation = models.gated_mlps(bridge)[0].activation
+    handle = activation.register_forward_hook(lambda module, args, output: kept.append(output))
+    logits(bridge, inputs)
+    with ml.ablate(bridge, neuron_set(*SOME), 9.0):
+        logits(bridge, inputs)
+    handle.remove()
+    assert torch.equal(kept[0], kept[1])
+
+
+def test_static_cache(shapes: Any) -> None:
+    (sample,) = ml.datasets.load("easy-vqa", limit=1)
+    who = models.identity(shapes)
+    some = ml.NeuronSet([(0, n) for n in range(99)], layers=who.layers, neurons=who.neurons)
+    for options in ({"value": 0.2, "at": "text"}, {"value": "min"}):
+        with ml.ablate(shapes, some, **options):
+            plain = ml.generate(shapes, sample.messages, 3)
+            static = ml.generate(shapes, sample.messages, 3, cache_implementation="static")
+        assert plain == static
 
 
 def test_generation_sees_it(shapes: Any) -> None:
@@ -260,6 +303,8 @@ def test_modalities_cannot_be_told_from_embeddings(bridge: Any, inputs: dict[str
         with ml.ablate(bridge, neuron_set(*SOME), at="text"):
             model(**inputs)
             with pytest.raises(ValueError, match="Call the model with input_ids"):
+                model.get_decoder()(inputs_embeds=embeddings)
+            with pytest.raises(ValueError, match="Call the model with input_ids"):
                 model(inputs_embeds=embeddings)
 
 
@@ -267,6 +312,7 @@ def test_refusals(bridge: Any, shapes: Any, inputs: dict[str, Any]) -> None:
     some = neuron_set(*SOME)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (some, {"value": "max"}, "value must be 'zero', 'min', 'mean' or a number"),
+        (some, {"value": None}, "value must be"),
         (some, {"value": "mean"}, "carries none"),
         (some, {"at": "audio"}, "no modality 'audio'"),
         ({}, {}, "non-empty mapping"),

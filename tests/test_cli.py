@@ -55,6 +55,16 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert broken.read_bytes() == b"?"
 
 
+def test_results_are_not_lost_or_mixed(tmp_path: Path) -> None:
+    assert "is a folder" in call("mine", "shapes", "--out", tmp_path, "--limit", 2, code=2)
+    scores = tmp_path / "new" / "scores.safetensors"
+    call("mine", "shapes", "--out", scores, "--limit", 2)
+    call("select", scores, "--out", tmp_path / "msns", "--ratio", 0.1)
+    shown = call("select", scores, "--out", tmp_path / "msns", "--strategy", "random", code=2)
+    assert "holds another selection" in shown
+    assert "error:" in call("demo", "--out", tmp_path / "demo", "--samples", 0, code=2)
+
+
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "RATIOS", (0.02, 0.2))
     monkeypatch.setattr(demo, "SEEDS", (0, 1))

@@ -23,6 +23,7 @@ def test_batches_and_rendering_once_change_nothing(shapes: Any) -> None:
     one_by_one = ml.answers(shapes, iter(data), batch_size=1)
     rendered = list(evaluation.render(shapes, data, batch_size=4))
     assert ml.answers(shapes, rendered) == ml.answers(shapes, rendered) == one_by_one
+    assert ml.answers(shapes, evaluation.render(shapes, data, batch_size=4)) == one_by_one
 
 
 def test_case_and_space_do_not_matter() -> None:

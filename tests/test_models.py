@@ -108,7 +108,7 @@ def test_audio_tower_is_open() -> None:
     bridge = ml.load(REFERENCE / "tiny_qwen2_audio", device="cpu")
     ids = inputs.pop("input_ids")
     _, cache = bridge.run_with_cache(ids, **inputs)
-    assert bridge.modality_layout.media == {"audio": 110}
+    assert models.layout(bridge).media == {"audio": 110}
     for name in ("conv1", "conv2", "ln_post"):
         assert f"audio_encoder.{name}.hook_out" in cache
     for name in ("ln1", "attn.q", "attn.k", "attn.v", "attn.o", "ln2", "fc1", "act", "fc2"):
@@ -276,10 +276,12 @@ def test_fingerprint_ignores_dtype_and_sees_weights(shapes: Any) -> None:
     assert models.identity(half) == models.identity(shapes)
     other = copy.deepcopy(half.original_model)
     assert models.identity(other) == models.identity(shapes)
-    other = copy.deepcopy(half.original_model)
-    with torch.no_grad():
-        models.gated_mlps(other)[0].gate.weight.mul_(1.5)
-    assert models.identity(other) != models.identity(shapes)
+    for part in ("gate", "down"):
+        other = copy.deepcopy(half.original_model)
+        assert models.identity(other) == models.identity(shapes)
+        with torch.no_grad():
+            getattr(models.gated_mlps(other)[0], part).weight.mul_(1.5)
+        assert models.identity(other) != models.identity(shapes)
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
@@ -394,6 +396,21 @@ def test_attention_setting_comes_back_after_an_error(tiny: Any) -> None:
         assert config._attn_implementation != before
         raise RuntimeError
     assert config._attn_implementation == before
+
+
+def test_photographs_are_turned_upright(shapes: Any, plain: Any, tmp_path: Path) -> None:
+    _, processor = plain
+    photograph = picture("red", (120, 48))
+    exif = photograph.getexif()
+    exif[0x0112] = 6
+    path = tmp_path / "photograph.jpg"
+    photograph.save(path, exif=exif)
+    conversation = ask({"type": "image", "image": str(path)})
+    theirs = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ours = ml.inputs(shapes, conversation)
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
 
 
 def test_bytes_of_a_truncated_image(shapes: Any) -> None:

@@ -292,3 +292,18 @@ def test_random_and_union() -> None:
         NeuronSet.random(61, like=like)
     with pytest.raises(ValueError, match="at least one set"):
         NeuronSet.union([])
+
+
+def test_numpy_pairs_names_and_shared_memory() -> None:
+    means = torch.zeros(2, 4)
+    chosen = NeuronSet([(0, 3)], layers=2, neurons=4, means=means)
+    means.fill_(9)
+    assert chosen.means is not None
+    assert not chosen.means.any()
+    for pair in chosen.to_frame().to_numpy():
+        assert tuple(pair) in chosen
+    assert (0.0, 3) not in chosen
+    here, there = (ModelIdentity(name, "A", 2, 4, fingerprint="f") for name in ("a", "org/a"))
+    one, other = (NeuronSet([(0, 3)], layers=2, neurons=4, identity=i) for i in (here, there))
+    assert one == other
+    assert len({one, other}) == 1

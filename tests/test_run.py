@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,11 +70,9 @@ def test_against_the_definition(shapes: Any, samples: list[ml.Sample]) -> None:
                 (xs > 0).double().mean(0),
                 xs.mean(0),
                 xs.amax(0),
-                (a.softmax(0) @ xs).sum(0),
-                (a.softmax(1).T @ xs).sum(0),
+                (a.softmax(0).T @ xs).sum(0),
+                (a.softmax(1) @ xs).sum(0),
             ]
-            raw[3] = (a.softmax(0).sum(1)[:, None] * xs).sum(0)
-            raw[4] = (a.softmax(1).sum(0)[:, None] * xs).sum(0)
             for metric, value in enumerate(raw):
                 scaled = (value - value.min()) / (value.max() - value.min())
                 ours = scores.values[metric, index, layer].double()
@@ -148,6 +147,57 @@ def test_same_hooks_in_plain_transformer_lens(shapes: Any, samples: list[ml.Samp
     close(analyzer.result(), mine(shapes, samples[:3]))
 
 
+def test_hooks_know_padding_and_pass_decoding_by(shapes: Any, samples: list[ml.Sample]) -> None:
+    analyzer = ml.ImportanceAnalyzer()
+    batch = generation.prepare_inputs(shapes, [item.messages for item in samples])
+    ids = batch.pop("input_ids")
+    shapes.run_with_hooks(ids, fwd_hooks=analyzer.hooks(shapes), **batch)
+    close(analyzer.result(), mine(shapes, samples))
+    analyzer = ml.ImportanceAnalyzer()
+    with shapes.hooks(fwd_hooks=analyzer.hooks(shapes)):
+        ml.generate(shapes, samples[0].messages, 4, min_new_tokens=4)
+    close(analyzer.result(), mine(shapes, samples[:1]))
+
+
+def test_processor_set_afterwards(shapes: Any, samples: list[ml.Sample]) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    bridge = ml.wrap(
+        AutoModelForImageTextToText.from_pretrained(ml.organisms.path("shapes")).eval()
+    )
+    bridge.processor = shapes.processor
+    close(mine(bridge, samples), mine(shapes, samples))
+
+
+def test_copies_and_changed_settings(shapes: Any, samples: list[ml.Sample]) -> None:
+    bridge = copy.deepcopy(shapes)
+    close(mine(bridge, samples[:1]), mine(shapes, samples[:1]))
+    bridge.original_model.set_attn_implementation("eager")
+    analyzer = ml.ImportanceAnalyzer()
+    inputs = ml.inputs(bridge, samples[0].messages)
+    bridge.run_with_hooks(inputs.pop("input"), fwd_hooks=analyzer.hooks(bridge), **inputs)
+    close(analyzer.result(), mine(shapes, samples[:1]))
+
+
+def test_causal_needs_a_plain_pattern() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=3,
+    )
+    bridge = ml.wrap(MistralForCausalLM(config).eval())
+    pair = ({"input_ids": torch.arange(6)[None]}, {"text": torch.ones(1, 6) > 0})
+    assert mine(bridge, [pair]).samples == 1
+    with pytest.raises(ValueError, match="layer 0 of this model attends with a sliding window"):
+        mine(bridge, [pair], attention="causal")
+
+
 def test_prepared_pairs(shapes: Any, samples: list[ml.Sample]) -> None:
     pairs = []
     for item in samples:
@@ -201,6 +251,23 @@ def test_unreadable_sample_is_raised_or_skipped(shapes: Any, samples: list[ml.Sa
         scores = mine(shapes, data, on_error="skip", batch_size=batch_size)
         close(scores, mine(shapes, samples))
         assert scores.skipped == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"role": "user", "content": [{"text": "no type"}]},
+        {"role": "user", "content": [{"type": "video", "video": []}]},
+        {"role": "user", "content": [{"type": "image", "url": "https://example.com/a.png"}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b"}}]},
+    ],
+)
+def test_malformed_samples_are_skipped(shapes: Any, samples: list[ml.Sample], message: Any) -> None:
+    data = [samples[0], ml.Sample([message], (), "odd")]
+    with pytest.raises(ml.SampleError, match="odd: "):
+        mine(shapes, data)
+    assert mine(shapes, data, on_error="skip", batch_size=2).skipped == 1
 
 
 def test_nan_activations_name_layer_and_sample(tiny: Any) -> None:
@@ -271,6 +338,14 @@ def test_bad_calls(shapes: Any, tiny: Any, samples: list[ml.Sample]) -> None:
     for model, data, options, message in cases:
         with pytest.raises(ValueError, match=message):
             mine(model, data, **options)
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1]])}
+    analyzer = ml.ImportanceAnalyzer()
+    with pytest.raises(ValueError, match="marks padding as well"):
+        mine(tiny, [(padded, {"text": torch.ones(1, 4) > 0})])
+    with pytest.raises(ValueError, match="no input_ids"):
+        mine(tiny, [({}, {"text": torch.ones(1, 4) > 0})])
+    with pytest.raises(ValueError, match="given twice"):
+        ml.run(shapes, samples, analyzer, analyzer, progress=False)
     with pytest.raises(ValueError, match="at least one analyzer"):
         ml.run(shapes, samples, progress=False)
     with pytest.raises(ValueError, match="No sample"):
@@ -315,6 +390,8 @@ def test_what_the_scores_know(shapes: Any, samples: list[ml.Sample]) -> None:
         "torch",
     }
     assert scores.identity == models.identity(shapes)
+    named = mine(shapes, ml.datasets.load("easy-vqa", limit=1, ask="text"))
+    assert named.info["data"] == "easy-vqa/test/text"
 
 
 def test_progress_bar_shows_the_rate(
