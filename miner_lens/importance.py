@@ -347,7 +347,11 @@ def _require_plain_attention(model: Any) -> None:
         width: Any = getattr(attention, "head_dim", None)
         scale: Any = getattr(attention, "scaling", None)
         # Some families keep the window on each layer, where it may be off, others in the config.
-        held_by = attention if hasattr(attention, "sliding_window") else attention.config
+        held_by = (
+            attention
+            if hasattr(attention, "sliding_window")
+            else getattr(attention, "config", None)
+        )
         window = getattr(held_by, "sliding_window", None)
         other = {
             "a sliding window": window is not None,
