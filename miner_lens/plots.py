@@ -33,6 +33,7 @@ def accuracy_by_ratio(table: pd.DataFrame) -> Figure:
             `spread`, where it is not missing, as a band.
     """
     figure, panels = _figure(len(table["input"].unique()))
+    lowest = max(0.0, float(table["accuracy"].min()) - 0.05)
     for panel, (name, rows) in zip(panels, table.groupby("input", sort=False), strict=True):
         for off, line in rows.groupby("off", sort=False):
             _draw_condition(panel, str(off), line)
@@ -40,7 +41,7 @@ def accuracy_by_ratio(table: pd.DataFrame) -> Figure:
         ratios = sorted(100 * table["ratio"].dropna().unique())
         panel.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         panel.minorticks_off()
-        panel.set_ylim(0, 1.02)
+        panel.set_ylim(lowest, 1.01)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
     panels[-1].legend(title="switched off", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -528,10 +528,10 @@ that neither the value asked for nor a negation tells yes from no. The descripti
     pip install miner-lens[demo]
     python -m miner_lens.organisms.train_shapes --seed {seed}
 
-Less than half an hour on two CPU cores. First the vision tower learns shape and colour through
-linear heads that are then dropped; then the decoder learns to answer from text, in which negated
-questions appear little by little; then from images and text in turn, with the tower at a tenth of
-the learning rate.
+About 40 minutes on two CPU cores that other work was sharing. First the vision tower learns shape
+and colour through linear heads that are then dropped; then the decoder learns to answer from text,
+in which negated questions appear little by little; then from images and text in turn, with the
+tower at a tenth of the learning rate.
 
 ## Accuracy
 
