@@ -59,6 +59,17 @@ CONVERSATIONS = {
 }
 
 
+def llama_config(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+
+
 def test_import_is_lazy() -> None:
     code = (
         "import sys, miner_lens; heavy = {'torch', 'transformers', 'transformer_lens'}; "
@@ -177,15 +188,7 @@ def test_boot_transformers_works_and_is_mined_alike(shapes: Any) -> None:
 
 
 def test_other_gated_families_get_neuron_hooks() -> None:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
+    config = llama_config(layers=2)
     bridge = ml.wrap(LlamaForCausalLM(config).eval())
     ids = torch.arange(6)[None]
     _, cache = bridge.run_with_cache(ids)
@@ -200,14 +203,7 @@ def test_bridges_that_users_make_themselves() -> None:
     """TransformerLens's own Llama adapter has no act component; it is attached when needed."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = llama_config(layers=2)
     model = LlamaForCausalLM(config).eval()
     ids = torch.arange(6)[None]
     with torch.no_grad():
@@ -242,14 +238,7 @@ def test_model_without_gated_mlps() -> None:
 
 
 def test_processed_weights_are_refused() -> None:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    config = llama_config(layers=1)
     bridge = ml.wrap(LlamaForCausalLM(config).eval())
     bridge.enable_compatibility_mode()
     with pytest.raises(ValueError, match="compatibility mode"):
