@@ -407,3 +407,15 @@ def test_bytes_of_a_truncated_image(shapes: Any) -> None:
     picture("red", (200, 200)).save(buffer, "PNG")
     with pytest.raises(ml.SampleError, match="Cannot read an image"):
         ml.inputs(shapes, ask({"type": "image", "image": buffer.getvalue()[:-40]}))
+
+
+def test_edits_of_attention_outputs_reach_the_logits(tiny: Any) -> None:
+    inputs = model_inputs(load("tiny_qwen2_vl/expected.npz"), 0)
+    before = logits(tiny, inputs)
+    with tiny.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 0)]):
+        assert not torch.allclose(logits(tiny, inputs), before, atol=1e-3)
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda p, hook: p * 0)]),
+        pytest.warns(UserWarning, match="edit is discarded"),
+    ):
+        torch.testing.assert_close(logits(tiny, inputs), before, atol=1e-5, rtol=0)

@@ -20,7 +20,9 @@ class QwenDecoderAdapter(ArchitectureAdapter):  # type: ignore[misc]
     """A Qwen2 decoder at `model.language_model`, with its neurons and native attention.
 
     Attention stays Hugging Face's own, so that logits are too, and so that multimodal RoPE is
-    right. Subclasses add the towers.
+    right. As with all attention that TransformerLens keeps native, `hook_pattern` can be read but
+    not edited (TransformerLens warns); edits of `hook_rot_q`, `hook_rot_k` and `hook_z` take
+    effect. Subclasses add the towers.
     """
 
     def __init__(self, cfg: Any) -> None:
