@@ -37,10 +37,10 @@ def ablate(
 ) -> Iterator[None]:
     """Switch neurons off while the context is open.
 
-    Writes into X, the output of the MLP's activation function, before it is multiplied by the
-    up projection. Contexts nest, the inner one on top of the outer; hooks,
-    caches and generation inside see the ablated model, and `reset_hooks()` does not end it.
-    Afterwards the model computes what it computed before, bit for bit, also after an exception.
+    Writes into X, the output of the MLP's activation function, before it is multiplied by the up
+    projection. Contexts nest, the inner one on top of the outer; hooks, caches and generation
+    inside see the ablated model, and `reset_hooks()` does not end it. Afterwards the model computes
+    what it computed before, bit for bit, also after an exception.
 
     Args:
         model: A `TransformerBridge` or a plain Hugging Face model.

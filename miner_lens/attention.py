@@ -47,11 +47,10 @@ def install(attentions: list[Any]) -> None:
             attention themselves fire the hooks already and are left alone.
     """
     for bridge in attentions:
-        original = getattr(bridge, "original_component", None)
-        if original is None or not getattr(bridge, "maintain_native_attention", False):
+        config = _config(bridge)
+        if config is None:
             continue
-        _bridges[id(original)] = bridge
-        config = original.config
+        _bridges[id(bridge.original_component)] = bridge
         name = config._attn_implementation
         config._attn_implementation = HOOKED.get(name, name)
 
