@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,17 +11,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from miner_lens import sites
 from miner_lens.models import (
-    GatedMLP,
     PassInputs,
-    gated_mlps,
     hf_model_of,
     identity,
     is_bridge,
     layout,
+    mlps,
     prepare,
 )
 from miner_lens.neurons import NeuronSet
+from miner_lens.sites import MLP, Rows, Tower
 
 Value = float | Literal["zero", "min", "mean"]
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -34,6 +36,7 @@ def ablate(
     value: Value = "zero",
     at: str | None = None,
     complement: bool = False,
+    site: str | None = None,
 ) -> Iterator[None]:
     """Switch neurons off while the context is open.
 
@@ -46,30 +49,31 @@ def ablate(
         model: A `TransformerBridge` or a plain Hugging Face model.
         neurons: The neurons, or what `select` returns, which means all of them.
         value: `"zero"`, a number, `"min"` (the smallest X of the layer in the same pass, over
-            the sample's real tokens) or `"mean"` (each neuron's mean when it was mined).
-        at: Only at the tokens of this modality; default everywhere.
-        complement: Ablate every neuron of the model but these.
+            the sample's real tokens; in a tower, over the same image, video or clip) or `"mean"`
+            (each neuron's mean when it was mined).
+        at: Only at the tokens of this modality; default everywhere. In a tower, where only its
+            own medium occurs, leave it out.
+        complement: Ablate every neuron of the site but these.
+        site: The site that the neurons must be of; default their own.
 
     Raises:
-        ValueError: The neurons are another model's, carry no means for `"mean"`, or the model
-            has no such modality.
+        ValueError: The neurons are another model's or another site's, carry no means for
+            `"mean"`, or the model has no such modality.
 
     Example:
         with ml.ablate(model, msns["image"]):
             logits = model(**inputs)
     """
-    mlps = gated_mlps(model)
-    write = _Write(check_neurons(model, neurons), value, at, complement)
-    tokens = _Tokens(model, at)
+    write = _Write(check_neurons(model, neurons, site), value, at, complement)
+    tokens = _tokens(model, write)
+    layers = mlps(model, write.site)
     handles = []
     try:
         if write.needs_tokens:
-            hf_model = hf_model_of(model)
-            handles.append(hf_model.register_forward_pre_hook(tokens.see, with_kwargs=True))
-            handles.append(hf_model.register_forward_hook(tokens.forget, always_call=True))
-        for layer, index in write.indices(mlps).items():
+            handles += tokens.watch(model)
+        for layer, index in write.indices(layers).items():
             hook = _module_hook(write, tokens, layer, index)
-            handles.append(mlps[layer].activation.register_forward_hook(hook))
+            handles.append(layers[layer].activation.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -82,13 +86,16 @@ def ablation_hooks(
     value: Value = "zero",
     at: str | None = None,
     complement: bool = False,
+    site: str | None = None,
 ) -> list[Hook]:
     """The same ablation as a list for TransformerLens's `run_with_hooks(fwd_hooks=...)`.
 
-    Args are those of `ablate`.
+    Args are those of `ablate`, but for `value="min"`, which needs to know which patches or frames
+    are one sample's and so works in the decoder only.
 
     Raises:
-        ValueError: As `ablate`, or the model is not a `TransformerBridge`.
+        ValueError: As `ablate`, the model is not a `TransformerBridge`, or `value="min"` is asked
+            for in a tower.
     """
     if not is_bridge(model):
         raise ValueError(
@@ -96,22 +103,28 @@ def ablation_hooks(
             "Wrap it with ml.wrap, or use ml.ablate, which takes plain Hugging Face models."
         )
     prepare(model)
-    write = _Write(check_neurons(model, neurons), value, at, complement)
-    tokens = _Tokens(model, at)
+    write = _Write(check_neurons(model, neurons, site), value, at, complement)
+    tokens = _tokens(model, write)
+    if isinstance(tokens, _TowerRows) and write.needs_tokens:
+        raise ValueError(
+            "ablation_hooks cannot write 'min' in a tower: hook points do not say which rows are "
+            "one image or clip. Use ml.ablate, which can."
+        )
     seen = model._miner_lens_inputs
+    place = sites.find(hf_model_of(model), write.site)
     hooks: list[Hook] = []
-    for layer, index in write.indices(gated_mlps(model)).items():
+    for layer, index in write.indices(mlps(model, write.site)).items():
         hooks.append(
-            (f"blocks.{layer}.mlp.act.hook_out", _point_hook(write, tokens, seen, layer, index))
+            (place.activation_point(layer), _point_hook(write, tokens, seen, layer, index))
         )
     return hooks
 
 
-def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
-    """All of the neurons as one set that belongs to this model.
+def check_neurons(model: Any, neurons: Neurons, site: str | None = None) -> NeuronSet:
+    """All of the neurons as one set that belongs to this model, and to the site if one is named.
 
     Raises:
-        ValueError: They are another model's, or no neurons at all but something else.
+        ValueError: They are another model's or site's, or no neurons at all but something else.
     """
     if isinstance(neurons, Mapping) and neurons:
         neurons = NeuronSet.union(neurons.values())
@@ -120,6 +133,7 @@ def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
             "neurons must be a NeuronSet or a non-empty mapping of modality to NeuronSet, as "
             f"select returns it, not {type(neurons).__name__}."
         )
+    neurons.require_site(site)
     if neurons.identity is not None:
         neurons.identity.check(identity(model, neurons.site), "The NeuronSet")
     else:
@@ -140,6 +154,14 @@ class _Tokens(PassInputs):
             if at not in known:
                 raise ValueError(f"The model has no modality {at!r}; it has {', '.join(known)}.")
 
+    def watch(self, model: Any) -> list[Any]:
+        """Look at each forward pass; returns the handles of the hooks."""
+        hf_model = hf_model_of(model)
+        return [
+            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
+            hf_model.register_forward_hook(self.forget, always_call=True),
+        ]
+
     def chosen(self) -> Bool[Tensor, "batch pos"] | None:
         """The tokens of the modality to ablate at, or None where it is everywhere."""
         if self.layout is None or self.at is None or self.ids is None:
@@ -148,10 +170,61 @@ class _Tokens(PassInputs):
             self._looked_up = (self.ids, self.layout.masks(self.ids, self.real)[self.at])
         return self._looked_up[1]
 
+    def lowest(self, x: Float[Tensor, "batch pos neuron"]) -> Float[Tensor, "batch 1 1"]:
+        """The smallest X of each sample's real tokens."""
+        if self.real is not None:
+            x = x.masked_fill(~self.real.to(x.device)[..., None], torch.inf)
+        return x.amin(dim=(-2, -1), keepdim=True)
+
     def forget(self, *_: Any) -> None:
         """What was seen is of no later pass."""
         super().forget()
         self._looked_up = None
+
+
+class _TowerRows(PassInputs):
+    """Knows of the tower's call that is running which rows are real, and of which item each is."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+        self.rows: Rows | None = None
+
+    def watch(self, model: Any) -> list[Any]:
+        """Look at each call of the tower; returns the handles of the hooks."""
+        hf_model = hf_model_of(model)
+        module: Any = self.tower.module(hf_model)
+        signature = inspect.signature(sites.plain(module).forward)
+
+        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
+
+        return [module.register_forward_pre_hook(see, with_kwargs=True)]
+
+    def chosen(self) -> None:
+        """In a tower every row is ablated."""
+
+    def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
+        """The smallest X of the image, video or clip that each row belongs to."""
+        assert self.rows is not None
+        items = self.rows.items.to(x.device)
+        by_row = x.flatten(0, -2).amin(-1).masked_fill(~self.rows.real.to(x.device), torch.inf)
+        by_item = by_row.new_full((int(self.rows.items[-1]) + 1,), torch.inf)
+        by_item.scatter_reduce_(0, items, by_row, "amin")
+        return by_item[items].view(*x.shape[:-1], 1)
+
+
+def _tokens(model: Any, write: _Write) -> _Tokens | _TowerRows:
+    place = sites.find(hf_model_of(model), write.site)
+    if not isinstance(place, Tower):
+        return _Tokens(model, write.at)
+    if write.at is not None and (write.at,) != place.modalities:
+        raise ValueError(
+            f"at={write.at!r} chooses among the prompt's tokens, but neurons of site "
+            f"{place.name!r} see only {' and '.join(place.modalities)}. Leave at out."
+        )
+    write.at = None
+    return _TowerRows(place)
 
 
 class _Write:
@@ -167,26 +240,31 @@ class _Write:
             )
         self.neurons = ~neurons if complement else neurons
         self.means = neurons.means
+        self.site = neurons.site
         self.value = value
         self.at = at
-        self.needs_tokens = at is not None or value == "min"
 
-    def indices(self, mlps: list[GatedMLP]) -> dict[int, Tensor]:
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether what is written, or where, depends on what the tokens are."""
+        return self.at is not None or self.value == "min"
+
+    def indices(self, layers: list[MLP]) -> dict[int, Tensor]:
         """Neurons by layer, on the device where the layer computes."""
         return {
-            layer: index.to(mlps[layer].gate.weight.device)
+            layer: index.to(layers[layer].before.weight.device)
             for layer, index in self.neurons.by_layer().items()
         }
 
     def __call__(
         self,
-        x: Float[Tensor, "batch pos neuron"],
+        x: Float[Tensor, "*row neuron"],
         layer: int,
         index: Tensor,
-        real: Bool[Tensor, "batch pos"] | None,
-        chosen: Bool[Tensor, "batch pos"] | None,
-    ) -> Float[Tensor, "batch pos neuron"]:
-        if self.at is not None and (chosen is None or chosen.shape != x.shape[:2]):
+        tokens: _Tokens | _TowerRows,
+    ) -> Float[Tensor, "*row neuron"]:
+        chosen = tokens.chosen()
+        if self.at is not None and (chosen is None or chosen.shape != x.shape[:-1]):
             raise ValueError(
                 f"Ablating at {self.at!r} needs the token ids of this pass to tell modalities "
                 "apart. Call the model with input_ids, not with inputs_embeds."
@@ -201,8 +279,7 @@ class _Write:
         if self.value == "zero":
             new = torch.zeros((), dtype=x.dtype, device=x.device)
         elif self.value == "min":
-            visible = x if real is None else x.masked_fill(~real.to(x.device)[..., None], torch.inf)
-            new = visible.amin(dim=(-2, -1), keepdim=True)
+            new = tokens.lowest(x)
         elif self.value == "mean":
             assert self.means is not None
             new = self.means[layer].to(x.device, x.dtype)[index]
@@ -215,29 +292,31 @@ class _Write:
 
 
 def _check_shape(model: Any, neurons: NeuronSet) -> None:
-    mlps = gated_mlps(model)
-    shape = (len(mlps), mlps[0].gate.out_features)
+    layers = mlps(model, neurons.site)
+    shape = (len(layers), layers[0].before.out_features)
     if shape != (neurons.layers, neurons.neurons):
         raise ValueError(
-            f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this model "
-            f"has {shape[0]} x {shape[1]}. Mine again on this model."
+            f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this "
+            f"model's {neurons.site} has {shape[0]} x {shape[1]}. Mine again on this model."
         )
 
 
-def _module_hook(write: _Write, tokens: _Tokens, layer: int, index: Tensor) -> Any:
+def _module_hook(write: _Write, tokens: _Tokens | _TowerRows, layer: int, index: Tensor) -> Any:
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
         if next(iter(module._forward_hooks.values())) is not hook:
             # Somebody else saw this tensor before and may have kept it.
             output = output.clone()
-        return write(output, layer, index, tokens.real, tokens.chosen())
+        return write(output, layer, index, tokens)
 
     return hook
 
 
-def _point_hook(write: _Write, tokens: _Tokens, seen: PassInputs, layer: int, index: Tensor) -> Any:
+def _point_hook(
+    write: _Write, tokens: _Tokens | _TowerRows, seen: PassInputs, layer: int, index: Tensor
+) -> Any:
     def hook(x: Tensor, hook: Any) -> Tensor:
         tokens.ids, tokens.real = seen.ids, seen.real
         # What a hook point hands out may be cached by others, so it is not changed in place.
-        return write(x.clone(), layer, index, tokens.real, tokens.chosen())
+        return write(x.clone(), layer, index, tokens)
 
     return hook

@@ -134,28 +134,45 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
 
 
 def _hooked_eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> Output:
     _, query, key = _rotated(module, query, key)
-    return _eager(module)(module, query, key, value, mask, **kwargs)
+    return _eager(module)(module, query, key, value, attention_mask, **kwargs)
 
 
 def _hooked_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> Output:
     bridge, query, key = _rotated(module, query, key)
     if bridge is not None and (bridge.hook_pattern.has_hooks() or _reads_scores(bridge)):
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
-        mask = _additive(mask, causal, query, key)
-        return _eager(module)(module, query, key, value, mask, **kwargs)
-    output: Output = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        attention_mask = _additive(attention_mask, causal, query, key)
+        return _eager(module)(module, query, key, value, attention_mask, **kwargs)
+    output: Output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 
 
 def _hooked_unmasked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> Output:
-    return _hooked_sdpa(module, query, key, value, mask, **(kwargs | {"is_causal": False}))
+    return _hooked_sdpa(
+        module, query, key, value, attention_mask, **(kwargs | {"is_causal": False})
+    )
 
 
 def _reads_scores(bridge: Any) -> bool:

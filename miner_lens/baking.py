@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.ablation import Neurons, check_neurons
-from miner_lens.models import hf_model_of
+from miner_lens.models import hf_model_of, mlps
 
 ABLATED = "ablated_neurons.safetensors"
 
@@ -43,8 +43,9 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
         baked = type(hf_model)(hf_model.config)
     weights = _weights_for(baked, hf_model)
     names = {id(module): name for name, module in baked.named_modules()}
+    layers = mlps(baked, chosen.site)
     for layer, index in chosen.by_layer().items():
-        down = names[id(baked.get_decoder().layers[layer].mlp.down_proj)] + ".weight"
+        down = names[id(layers[layer].down)] + ".weight"
         weights[down] = weights[down].index_fill(1, index.to(weights[down].device), 0)
     baked.load_state_dict(weights, assign=True)
     baked.tie_weights()

@@ -40,20 +40,25 @@ def info(model: Model) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from miner_lens import models
+    from miner_lens import models, sites
 
     bridge = _load(model)
     with _clear_errors():
-        who = models.identity(bridge)
+        places = sites.sites(models.hf_model_of(bridge))
+        identities = {name: models.identity(bridge, name) for name in places}
     try:
         known = models.layout(bridge)
         modalities = ", ".join(known.masks(torch.zeros(1, 1, dtype=torch.long)))
     except ValueError:
         modalities = "unknown: this family has no modality layout"
+    who = identities["llm"]
     table = Table(title=f"{who.name} ({who.architecture})")
     for column in ("site", "layers", "neurons per layer", "modalities"):
         table.add_column(column)
-    table.add_row(who.site, str(who.layers), str(who.neurons), modalities)
+    for name, place in places.items():
+        here = identities[name]
+        seen = modalities if name == "llm" else ", ".join(getattr(place, "modalities", ()))
+        table.add_row(name, str(here.layers), str(here.neurons), seen)
     Console().print(table)
 
 
@@ -68,6 +73,7 @@ def mine(
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 1,
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",
+    site: Annotated[str, typer.Option(help="llm, vision, audio or projector.")] = "llm",
 ) -> None:
     """Score every neuron by modality and save the scores."""
     import miner_lens as ml
@@ -83,6 +89,7 @@ def mine(
             attention=attention,  # type: ignore[arg-type]
             batch_size=batch_size,
             on_error=on_error,  # type: ignore[arg-type]
+            site=site,
         )
         scores.save(out)
     typer.echo(repr(scores))
@@ -96,12 +103,14 @@ def select(
     strategy: Annotated[str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform.")] = "LA_MU",
     split: Annotated[str | None, typer.Option(help="How tokens are split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random strategy.")] = 0,
+    site: Annotated[str | None, typer.Option(help="Site that the scores must be of.")] = None,
 ) -> None:
     """Select modality-specific neurons from scores."""
     import miner_lens as ml
 
     with _clear_errors():
-        chosen = ml.ImportanceScores.load(scores).select(ratio, strategy, split=split, seed=seed)
+        loaded = ml.ImportanceScores.load(scores)
+        chosen = loaded.select(ratio, strategy, split=split, seed=seed, site=site)
         out.mkdir(parents=True, exist_ok=True)
         paths = {modality: out / f"neurons-{modality}.safetensors" for modality in chosen}
         if others := sorted(set(out.glob("neurons-*.safetensors")) - set(paths.values())):
@@ -122,6 +131,8 @@ def ablate(
     value: Annotated[str, typer.Option(help="zero, min, mean or a number.")] = "zero",
     at: Annotated[str | None, typer.Option(help="Only at this modality's tokens.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 32,
+    sound: Annotated[Path | None, typer.Option(help="A sound to ask about.")] = None,
+    site: Annotated[str | None, typer.Option(help="Site the neurons must be of.")] = None,
 ) -> None:
     """Answer a question with and without the neurons."""
     import miner_lens as ml
@@ -132,9 +143,11 @@ def ablate(
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if image is not None:
             content.insert(0, {"type": "image", "image": image})
+        if sound is not None:
+            content.insert(0, {"type": "audio", "audio": sound})
         messages = [{"role": "user", "content": content}]
         intact = ml.generate(bridge, messages, max_new_tokens)
-        with ml.ablate(bridge, chosen, _value(value), at=at):
+        with ml.ablate(bridge, chosen, _value(value), at=at, site=site):
             ablated = ml.generate(bridge, messages, max_new_tokens)
     typer.echo(f"intact:  {intact}")
     typer.echo(f"ablated: {ablated}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+SITES = ("llm", "vision", "audio", "projector")
+
 
 @dataclass(frozen=True)
 class ModelIdentity:

@@ -8,40 +8,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from miner_lens import kernels
+from miner_lens import sites
 from miner_lens.analyzer import Batch, Data, Hook, OnError, State, run
 from miner_lens.identity import ModelIdentity
-from miner_lens.models import identity, layout, prepare
+from miner_lens.models import hf_model_of, identity, layout, prepare
+from miner_lens.passes import Pass, PromptPass, TowerPass
 from miner_lens.sample import SampleError
 from miner_lens.scores import ImportanceScores
-
-NO_ROTATED = (
-    "This model's attention fires no hook_rot_q and hook_rot_k, so its queries and keys after RoPE "
-    "cannot be read. Its TransformerLens adapter needs maintain_native_attention=True, and its "
-    "attention implementation must be sdpa or eager."
-)
 
 AttentionMode = Literal["bidirectional", "causal"]
 
 
 class ImportanceAnalyzer:
-    """Scores every decoder neuron by modality (MINER, stages 1 to 3).
+    """Scores every neuron of a site by modality (MINER, stages 1 to 3).
 
     Args:
         attention: Which attention weighs the tokens: `"bidirectional"`, the head mean of
             softmax(QK^T / sqrt d) without a causal mask, as the published code computes it, or
             `"causal"`, the pattern that the model really has.
         data: A name of the data set, kept with the scores.
+        site: Where the neurons live: `"llm"`, or a tower of the model, `"vision"`, `"audio"` or
+            `"projector"`, in which only the tower's own modalities occur. A tower attends without
+            a causal mask, and each image, frame of a video or clip only to itself.
     """
 
-    def __init__(self, attention: AttentionMode = "bidirectional", data: str | None = None) -> None:
+    def __init__(
+        self,
+        attention: AttentionMode = "bidirectional",
+        data: str | None = None,
+        site: str = "llm",
+    ) -> None:
         if attention not in ("bidirectional", "causal"):
             raise ValueError(f"attention must be 'bidirectional' or 'causal', not {attention!r}.")
         self.attention = attention
         self.data = data
+        self.site = site
         self.identity: ModelIdentity | None = None
         self.modalities: tuple[str, ...] = ()
         self._samples = 0
@@ -49,35 +52,54 @@ class ImportanceAnalyzer:
         self._occurrences: dict[str, int] = {}
         self._scores: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """What two analyzers must share to be merged or continued."""
-        return {"attention": self.attention}
+        return {"attention": self.attention, "site": self.site}
 
     def hooks(self, model: Any, batch: Batch | None = None) -> list[Hook]:
-        """Hooks on Q and K after RoPE and on X of every layer; see `Analyzer.hooks`."""
+        """Hooks on Q, K and X of every layer; see `Analyzer.hooks`."""
         prepare(model)
         if batch is None or self.identity is None:
             self.begin(model)
-        if batch is not None:
-            self._pass = _Pass(batch.masks, batch.real, self.attention == "causal")
-            return self._pass.hooks(len(model.blocks))
-        return self._plain_hooks(model)
+        assert self.identity is not None
+        if batch is None:
+            return self._plain_hooks(model)
+        reading = self._reading(model)
+        if isinstance(reading, TowerPass):
+            try:
+                reading.begin(batch.inputs, len(batch.ids))
+            except ValueError as error:
+                raise SampleError(f"{', '.join(batch.ids)}: {error}") from error
+        else:
+            reading.begin(batch.masks, batch.real)
+        self._pass = reading
+        return reading.hooks(self.identity.layers)
+
+    def _reading(self, model: Any) -> PromptPass | TowerPass:
+        site = sites.find(hf_model_of(model), self.site)
+        if isinstance(site, sites.Tower):
+            return TowerPass(site, hf_model_of(model))
+        return PromptPass({}, torch.empty(0), self.attention == "causal")
 
     def _plain_hooks(self, model: Any) -> list[Hook]:
         """Hooks for `run_with_hooks`; they read masks off the ids and pass decoding steps by."""
         known = layout(model)
         inputs = model._miner_lens_inputs
-        reading = _Pass({}, torch.empty(0), self.attention == "causal")
+        reading = self._reading(model)
         batches: list[Batch] = []
 
         def begin(ids: Tensor, hook: Any) -> None:
             real = torch.ones_like(ids, dtype=torch.bool) if inputs.real is None else inputs.real
             masks = known.masks(ids, real)
             batches[:] = [Batch({"input_ids": ids}, masks, tuple(map(str, range(len(ids)))))]
-            reading.begin(masks, real)
+            if isinstance(reading, TowerPass):
+                reading.begin(inputs.all, len(ids))
+                reading.decoding = _continues(inputs.all)
+            else:
+                reading.begin(masks, real)
             self._pass = reading
 
         def end(residual: Tensor, hook: Any) -> None:
@@ -85,8 +107,11 @@ class ImportanceAnalyzer:
                 return
             self.check(batches[0])
             self.update(batches[0])
+            if isinstance(reading, TowerPass):
+                reading.begin(None, 0)
 
-        inner = reading.hooks(len(model.blocks))
+        assert self.identity is not None
+        inner = reading.hooks(self.identity.layers)
         return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
 
     def begin(self, model: Any) -> None:
@@ -96,18 +121,22 @@ class ImportanceAnalyzer:
             ValueError: For causal attention, the model's own pattern has a sliding window, a soft
                 cap or another scale.
         """
-        self._remember(identity(model))
-        if self.attention == "causal":
+        self._remember(identity(model, self.site))
+        if self.site == "llm" and self.attention == "causal":
             _require_plain_attention(model)
 
     def check(self, batch: Batch) -> None:
         """Raise `SampleError` naming layer and sample where an activation is NaN or infinite."""
-        finite = torch.stack([rows.cpu() for rows in self._seen().finite])
+        seen = self._seen()
+        if isinstance(seen, TowerPass):
+            seen.finish()
+        finite = torch.stack([rows.cpu() for rows in seen.finite])
         if bool(finite.all()):
             return
         layer, row = (~finite).nonzero()[0].tolist()
+        where = f"layer {layer}" if self.site == "llm" else f"layer {layer} of site {self.site!r}"
         raise SampleError(
-            f"{batch.ids[row]}: NaN or infinite activations in layer {layer}. Load the model in a "
+            f"{batch.ids[row]}: NaN or infinite activations in {where}. Load the model in a "
             "wider dtype (float32 or bfloat16 rather than float16), or leave the sample out with "
             "on_error='skip'."
         )
@@ -116,11 +145,12 @@ class ImportanceAnalyzer:
         """Add the scores of this batch's samples to the sums."""
         seen = self._seen()
         self._samples += len(batch.ids)
-        present = seen.masks.any(dim=2).sum(dim=0).tolist()
+        present = seen.present()
         for index, modality in enumerate(seen.modalities):
             # The layers of a model may lie on several devices; the sums lie on the first's.
-            scores = torch.stack([layer[:, index].to(seen.device) for layer in seen.scores], 1)
-            means = torch.stack([layer[index].to(seen.device) for layer in seen.means])
+            device = seen.scores[0].device
+            scores = torch.stack([layer[:, index].to(device) for layer in seen.scores], 1)
+            means = torch.stack([layer[index].to(device) for layer in seen.means])
             self._add(modality, _wide(scores), _wide(means), present[index])
         self._pass = None
 
@@ -130,12 +160,16 @@ class ImportanceAnalyzer:
 
     def merge(self, other: ImportanceAnalyzer) -> ImportanceAnalyzer:
         """What both have seen together."""
+        if self.site != other.site:
+            raise ValueError(
+                f"Cannot merge scores of site {self.site!r} with scores of site {other.site!r}."
+            )
         if self.attention != other.attention:
             raise ValueError(
                 f"Cannot merge scores under {self.attention} attention with scores under "
                 f"{other.attention} attention."
             )
-        merged = ImportanceAnalyzer(self.attention, self.data)
+        merged = ImportanceAnalyzer(self.attention, self.data, self.site)
         for part in (self, other):
             if part.identity is not None:
                 merged._remember(part.identity)
@@ -207,8 +241,8 @@ class ImportanceAnalyzer:
             self.identity.check(model)
         self.identity = model
 
-    def _seen(self) -> _Pass:
-        if self._pass is None or not self._pass.scores:
+    def _seen(self) -> Pass:
+        if self._pass is None or not (self._pass.scores or isinstance(self._pass, TowerPass)):
             raise RuntimeError("The hooks have seen no forward pass since the last update.")
         return self._pass
 
@@ -225,77 +259,6 @@ class ImportanceAnalyzer:
             self._occurrences[modality] += occurrences
 
 
-class _Pass:
-    """What is seen of one forward pass, layer by layer: sums over its samples.
-
-    `check` looks at `finite` before the sums are used, so that one bad sample spoils only a pass
-    that is then repeated without it.
-    """
-
-    def __init__(
-        self,
-        masks: dict[str, Bool[Tensor, "batch pos"]],
-        real: Bool[Tensor, "batch pos"],
-        causal: bool,
-    ) -> None:
-        self.causal = causal
-        self.begin(masks, real)
-
-    def begin(
-        self, masks: dict[str, Bool[Tensor, "batch pos"]], real: Bool[Tensor, "batch pos"]
-    ) -> None:
-        self.modalities = tuple(masks)
-        self.masks = torch.stack(list(masks.values()), dim=1) if masks else torch.empty(0)
-        self.real = real
-        self.device = self.masks.device
-        self.decoding = False
-        self.scores: list[Float[Tensor, "metric modality neuron"]] = []
-        self.means: list[Float[Tensor, "modality neuron"]] = []
-        self.finite: list[Bool[Tensor, " batch"]] = []
-        self._query: Tensor | None = None
-        self._sums: Tensor | None = None
-
-    def hooks(self, layers: int) -> list[Hook]:
-        hooks: list[Hook] = []
-        for layer in range(layers):
-            hooks.append((f"blocks.{layer}.attn.hook_rot_q", self._see_query))
-            hooks.append((f"blocks.{layer}.attn.hook_rot_k", self._see_key))
-            hooks.append((f"blocks.{layer}.mlp.act.hook_out", self._see_activation))
-        return hooks
-
-    def _see_query(self, query: Tensor, hook: Any) -> None:
-        self._query = query
-
-    def _see_key(self, key: Tensor, hook: Any) -> None:
-        # TransformerLens hands out [batch pos head d_head].
-        if self._query is None:
-            raise RuntimeError(NO_ROTATED)
-        if self._query.shape[1] != key.shape[1]:
-            # A step of generation, whose keys are mostly the prompt's: only prefill is scored.
-            self.decoding = True
-            self._query = None
-            return
-        real = self.real.to(key.device)
-        pattern = kernels.head_mean_attention(
-            self._query.transpose(1, 2), key.transpose(1, 2), causal=self.causal, mask=real
-        )
-        self._query = None
-        self._sums = kernels.attention_sums(pattern, self.masks.to(key.device))
-
-    def _see_activation(self, x: Tensor, hook: Any) -> None:
-        if self.decoding:
-            return
-        if self._sums is None:
-            raise RuntimeError(NO_ROTATED)
-        masks = self.masks.to(x.device)
-        raw = kernels.statistics(x, self._sums.to(x.device), masks)
-        self._sums = None
-        scores = kernels.normalise(raw, masks)
-        self.finite.append(scores.isfinite().all(dim=(1, 2, 3)))
-        self.scores.append(scores.sum(0))
-        self.means.append(raw[:, kernels.METRICS.index("mean")].sum(0))
-
-
 def mine(
     model: Any,
     data: Data,
@@ -306,6 +269,7 @@ def mine(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
+    site: str = "llm",
 ) -> ImportanceScores:
     """Score every neuron by how much each modality's tokens drive it.
 
@@ -321,11 +285,13 @@ def mine(
         progress: Whether to show a progress bar.
         checkpoint: A folder from which a run that was stopped continues.
         checkpoint_every: Seconds between two writes to it.
+        site: Where the neurons live: `"llm"`, `"vision"`, `"audio"` or `"projector"`, as far as
+            the model has them. For several in one pass, give `run` an `ImportanceAnalyzer` each.
 
     Returns:
         Scores [metric modality layer neuron], each in 0 to 1.
     """
-    analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None))
+    analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None), site)
     scores: ImportanceScores = run(
         model,
         data,
@@ -365,6 +331,12 @@ def _require_plain_attention(model: Any) -> None:
                 f"attention='causal' scores plain softmax(QK^T / sqrt d), but layer {layer} of "
                 f"this model attends with {' and '.join(found)}. Use attention='bidirectional'."
             )
+
+
+def _continues(inputs: dict[str, Any]) -> bool:
+    """Whether a pass continues an earlier one, as steps of generation do."""
+    cache = inputs.get("past_key_values")
+    return cache is not None and cache.get_seq_length() > 0
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -6,15 +6,18 @@ Positions in no mask (padding) have no part in any result, but must be finite.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
+
+# Elements of an attention pattern that may be held between two passes over it: 64 MB and 512 MB.
+_KEPT_ON_CPU, _KEPT_ON_ACCELERATOR = 2**24, 2**27
 
 
 def head_mean_attention(
@@ -41,42 +44,95 @@ def head_mean_attention(
         >>> head_mean_attention(q, k, causal=True)[0, 1]
         tensor([0.5000, 0.5000, 0.0000])
     """
-    batch, heads, pos, d_head = q.shape
-    kv_heads = k.shape[1]
-    if heads % kv_heads:
-        raise ValueError(
-            f"q has {heads} heads and k has {kv_heads}; every key head must serve the same number "
-            f"of query heads. Pass k as the model's k_proj gives it, or repeat its heads."
-        )
-    if k.shape[2] != pos:
-        raise ValueError(
-            f"q has {pos} positions and k has {k.shape[2]}. Pass a whole prompt, not a step of "
-            f"generation."
-        )
-    group = heads // kv_heads
-    q = rearrange(
-        q.detach().float() * d_head**-0.5,
-        "batch (kv_head group) query d_head -> kv_head batch group query d_head",
-        group=group,
-    )
-    k = rearrange(k.detach().float(), "batch kv_head key d_head -> kv_head batch d_head key")
-    never = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing stays finite
-    index = torch.arange(pos, device=q.device)
-    attention = q.new_zeros(batch, pos, pos)
-    for start, stop in _chunks(pos, batch * group * pos, q.device):
-        seen = stop if causal else pos
-        for queries, keys in zip(q, k, strict=True):
-            rows = rearrange(
-                queries[:, :, start:stop], "batch group query d_head -> batch (group query) d_head"
-            )
-            scores = torch.bmm(rows, keys[:, :, :seen]).view(batch, group, -1, seen)
-            if causal:
-                scores.masked_fill_(index[:seen] > index[start:stop, None], never)
-            if mask is not None:
-                scores.masked_fill_(~mask[:, None, None, :seen], never)
-            attention[:, start:stop, :seen] += scores.softmax(-1).sum(1)
-    attention /= heads
+    pattern = _Pattern(q, k, causal, mask)
+    batch, _, pos, _ = q.shape
+    attention = q.new_zeros(batch, pos, pos, dtype=torch.float32)
+    for start, stop in pattern.chunks():
+        attention[:, start:stop] = pattern.rows(start, stop)
     return attention if mask is None else attention.masked_fill_(~mask[:, :, None], 0.0)
+
+
+class _Pattern:
+    """Rows of the head-mean attention pattern, computed when asked for."""
+
+    def __init__(
+        self,
+        q: Float[Tensor, "batch head pos d_head"],
+        k: Float[Tensor, "batch kv_head pos d_head"],
+        causal: bool,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        segments: Int[Tensor, " pos"] | None = None,
+    ) -> None:
+        self.batch, self.heads, self.pos, d_head = q.shape
+        kv_heads = k.shape[1]
+        if self.heads % kv_heads:
+            raise ValueError(
+                f"q has {self.heads} heads and k has {kv_heads}; every key head must serve the "
+                f"same number of query heads. Pass k as the model's k_proj gives it, or repeat its "
+                f"heads."
+            )
+        if k.shape[2] != self.pos:
+            raise ValueError(
+                f"q has {self.pos} positions and k has {k.shape[2]}. Pass a whole prompt, not a "
+                f"step of generation."
+            )
+        self.group = self.heads // kv_heads
+        self.q = rearrange(
+            q.detach(),
+            "batch (kv_head group) query d_head -> kv_head batch group query d_head",
+            group=self.group,
+        )
+        self.k = rearrange(
+            k.detach().float(), "batch kv_head key d_head -> kv_head batch d_head key"
+        )
+        self.scale = d_head**-0.5
+        self.causal = causal
+        self.mask = mask
+        self.segments = segments
+        self.index = torch.arange(self.pos, device=q.device)
+        self.segment_of = None if segments is None else segments.to(q.device, non_blocking=True)
+
+    def chunks(self) -> Iterable[tuple[int, int]]:
+        """Row ranges small enough for one head's scores to stay in cache."""
+        return _chunks(self.pos, self.batch * self.group * self.pos, self.q.device)
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch query key"]:
+        """The pattern of some queries over all keys."""
+        first, last = self._keys(start, stop)
+        hidden = self._hidden(start, stop, first, last)
+        total = self.k.new_zeros(self.batch, stop - start, self.pos)
+        for queries, keys in zip(self.q, self.k, strict=True):
+            some = queries[:, :, start:stop].float() * self.scale
+            some = rearrange(some, "batch group query d_head -> batch (group query) d_head")
+            scores = torch.bmm(some, keys[:, :, first:last])
+            scores = scores.view(self.batch, self.group, stop - start, last - first)
+            if hidden is not None:
+                # Not -inf: a row that sees nothing stays finite.
+                scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+            total[:, :, first:last] += scores.softmax(-1).sum(1)
+        return total.div_(self.heads)
+
+    def _keys(self, start: int, stop: int) -> tuple[int, int]:
+        """The keys outside of which these queries have no weight."""
+        first, last = 0, self.pos
+        if self.segments is not None:
+            ends = self.segments[[start, stop - 1]]
+            first = int(torch.searchsorted(self.segments, ends[0]))
+            last = int(torch.searchsorted(self.segments, ends[1], right=True))
+        return first, min(last, stop) if self.causal else last
+
+    def _hidden(self, start: int, stop: int, first: int, last: int) -> Tensor | None:
+        """True where a query does not see a key, to be broadcast over [batch group query key]."""
+        hidden = None
+        if self.causal:
+            hidden = self.index[first:last] > self.index[start:stop, None]
+        if self.segment_of is not None:
+            apart = self.segment_of[start:stop, None] != self.segment_of[first:last]
+            hidden = apart if hidden is None else hidden | apart
+        if self.mask is not None:
+            padding = ~self.mask[:, None, None, first:last]
+            hidden = padding if hidden is None else hidden | padding
+        return hidden
 
 
 def attention_sums(
@@ -96,12 +152,70 @@ def attention_sums(
                 [1., 1., 0.]])
     """
     # Attention lies in [0, 1], so exp cannot overflow and one exp serves every modality.
+    # Attention lies in [0, 1], so exp cannot overflow and one exp serves every modality.
     e = attention.detach().float().exp()
     inside = masks.float()
     over_query = (inside @ e).clamp(min=1)  # at least 1 wherever a modality has a token
     over_key = (inside @ e.mT).clamp(min=1)
     attn_k = (inside / over_query) @ e.mT
     attn_q = (inside / over_key) @ e
+    return torch.stack([attn_k, attn_q], 1) * inside[:, None]
+
+
+def fused_attention_sums(
+    q: Float[Tensor, "batch head pos d_head"],
+    k: Float[Tensor, "batch kv_head pos d_head"],
+    masks: Bool[Tensor, "batch modality pos"],
+    causal: bool = False,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    segments: Int[Tensor, " pos"] | None = None,
+) -> Float[Tensor, "batch direction modality pos"]:
+    """What `attention_sums` makes of `head_mean_attention`, from queries and keys alone.
+
+    The pattern is computed in chunks of rows. Chunks are kept while they fit into a fixed budget
+    (the whole pattern of 4,096 positions on a CPU) and computed a second time beyond it, so memory
+    does not grow with the square of the prompt.
+
+    Args:
+        q: Queries after rotary embedding.
+        k: Keys after rotary embedding; with grouped-query attention they have fewer heads.
+        masks: Which positions belong to which modality.
+        causal: Whether a query sees only the keys up to its own position.
+        mask: True at real tokens; padding keys get no weight.
+        segments: Numbers that rise along the positions; positions attend to each other only where
+            they are equal, as the patches of one image in a vision tower do. On the CPU, where
+            they can be looked up without waiting for a device.
+
+    Raises:
+        ValueError: As `head_mean_attention`.
+
+    Example:
+        >>> q = k = torch.zeros(1, 2, 3, 4)
+        >>> masks = torch.tensor([[[True, True, False]]])
+        >>> fused_attention_sums(q, k, masks)[0, :, 0]
+        tensor([[1., 1., 0.],
+                [1., 1., 0.]])
+    """
+    pattern = _Pattern(q, k, causal, mask, segments)
+    inside = masks.float()
+    over_query = torch.zeros_like(inside)
+    attn_k, attn_q = torch.zeros_like(inside), torch.zeros_like(inside)
+    budget = _KEPT_ON_CPU if q.is_cpu else _KEPT_ON_ACCELERATOR
+    kept: list[Tensor] = []
+    # Attention lies in [0, 1], so exp cannot overflow and one exp serves every modality.
+    for start, stop in pattern.chunks():
+        e = pattern.rows(start, stop).exp_()
+        here = inside[:, :, start:stop]
+        over_query += here @ e
+        over_key = (inside @ e.mT).clamp(min=1)  # at least 1 wherever a modality has a token
+        attn_q += (here / over_key) @ e
+        budget -= e.numel()
+        if budget >= 0:
+            kept.append(e)
+    shares = inside / over_query.clamp(min=1)
+    for index, (start, stop) in enumerate(pattern.chunks()):
+        e = kept[index] if index < len(kept) else pattern.rows(start, stop).exp_()
+        attn_k[:, :, start:stop] = shares @ e.mT
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
@@ -117,7 +231,7 @@ def statistics(
 
     Args:
         x: Output of the MLP's activation function, any float type.
-        sums: What `attention_sums` returns.
+        sums: What `attention_sums` or `fused_attention_sums` returns.
         masks: Which positions belong to which modality.
 
     Example:
@@ -193,7 +307,7 @@ def importance(
     return normalise(statistics(x, attention_sums(attention, masks), masks), masks)
 
 
-def _chunks(length: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def _chunks(length: int, width: int, device: torch.device) -> Iterable[tuple[int, int]]:
     """Row ranges of a `[length, width]` array: in cache on a CPU, few and large on a GPU."""
     rows = max(1, (2**21 if device.type == "cpu" else 2**26) // width)
     return ((start, min(start + rows, length)) for start in range(0, length, rows))

@@ -8,22 +8,20 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from miner_lens import organisms
+from miner_lens import organisms, sites
 from miner_lens.identity import ModelIdentity
 from miner_lens.modality import ModalityLayout, layout_for
+from miner_lens.sites import ACTIVATION_NAMES, MLP
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, ProcessorMixin
-
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
 
 def load(
@@ -143,15 +141,17 @@ def prepare(bridge: Any) -> Any:
 
 
 class PassInputs:
-    """The token ids and the padding mask of the forward pass that is running."""
+    """The inputs of the forward pass that is running, its token ids and its padding mask."""
 
     def __init__(self) -> None:
+        self.all: dict[str, Any] = {}
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the Hugging Face model."""
         self.ids = kwargs.get("input_ids", args[0] if args else None)
+        self.all = kwargs | {"input_ids": self.ids}
         self.real = None
         mask = kwargs.get("attention_mask")
         # A static cache passes a mapping of prepared masks instead.
@@ -162,6 +162,7 @@ class PassInputs:
     def forget(self, *_: Any) -> None:
         """A forward hook of the Hugging Face model: what was seen is of no later pass."""
         self.ids = self.real = None
+        self.all = {}
 
 
 def _attach_activation(mlp: Any) -> bool:
@@ -199,81 +200,43 @@ def model_name(model: Any) -> str:
     return Path(name).name if name.startswith((".", "/", "~")) or Path(name).is_dir() else name
 
 
-@dataclass(frozen=True)
-class GatedMLP:
-    """One decoder layer's gated MLP: where its neurons are read and written.
-
-    Attributes:
-        activation: The activation function's module; its output is X, [batch pos neuron].
-        gate: The gate projection, `d_model -> neuron`.
-        down: The down projection, `neuron -> d_model`.
-    """
-
-    activation: nn.Module
-    gate: Any
-    down: Any
-
-
-def gated_mlps(model: Any) -> list[GatedMLP]:
-    """The decoder's gated MLPs, one per layer.
+def mlps(model: Any, site: str = "llm") -> list[MLP]:
+    """The MLPs of a site, one per layer.
 
     Raises:
-        ValueError: A layer has no gated MLP, or its weights were folded by compatibility mode,
-            which computes the MLP without its activation module.
+        ValueError: The model has no such site, a decoder layer has no gated MLP, or its weights
+            were folded by compatibility mode, which computes the MLP without its activation module.
     """
     hf_model = hf_model_of(model)
-    found = []
-    if not hasattr(hf_model, "get_decoder"):
-        raise ValueError(
-            f"Expected a TransformerBridge or a Hugging Face model, got {type(model).__name__}."
-        )
-    decoder = hf_model.get_decoder()
-    # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
-    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
-    for index, layer in enumerate(layers):
-        mlp: Any = getattr(layer, "mlp", None)
-        activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
-        if not (hasattr(mlp, "gate_proj") and hasattr(mlp, "down_proj")) or activation is None:
-            raise ValueError(
-                f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "
-                f"down_proj and an activation), but {type(mlp).__name__}. Neurons are defined as "
-                "the output of a gated MLP's activation function; this model has none to mine."
-            )
-        if getattr(mlp, "_use_processed_weights", False):
-            raise ValueError(
-                "This bridge is in compatibility mode with processed weights, which computes the "
-                "MLP without its activation module, so neurons can be neither read nor switched "
-                "off. Use the bridge without enable_compatibility_mode(), or with "
-                "enable_compatibility_mode(no_processing=True)."
-            )
-        activation = getattr(activation, "original_component", None) or activation
-        found.append(GatedMLP(activation, mlp.gate_proj, mlp.down_proj))
-    return found
+    return sites.find(hf_model, site).mlps(hf_model)
 
 
 def identity(model: Any, site: str = "llm") -> ModelIdentity:
     """Say which model this is, so that scores and neuron sets can refuse another one.
 
-    The fingerprint hashes some thousand weights of the decoder, rounded to bfloat16, so that
-    float32 and bfloat16 copies of a checkpoint have the same; float16 rounds once more and may
-    have another. It is None where weights cannot be read (meta device, offloaded or packed by
-    quantization).
+    The fingerprint hashes some thousand weights of the site and of the embedding, rounded to
+    bfloat16, so that float32 and bfloat16 copies of a checkpoint have the same; float16 rounds
+    once more and may have another. It is None where weights cannot be read (meta device,
+    offloaded or packed by quantization).
+
+    Raises:
+        ValueError: The model has no such site.
     """
     hf_model = hf_model_of(model)
-    mlps = gated_mlps(model)
+    found = mlps(model, site)
     return ModelIdentity(
         name=model_name(model),
         architecture=type(hf_model).__name__,
-        layers=len(mlps),
-        neurons=mlps[0].gate.out_features,
+        layers=len(found),
+        neurons=found[0].before.out_features,
         site=site,
-        fingerprint=_fingerprint(hf_model, mlps),
+        fingerprint=_fingerprint(hf_model, found),
     )
 
 
-def _fingerprint(hf_model: Any, mlps: Sequence[GatedMLP]) -> str | None:
+def _fingerprint(hf_model: Any, mlps: Sequence[MLP]) -> str | None:
     layers = sorted({0, len(mlps) // 2, len(mlps) - 1})
-    weights = [w for n in layers for w in (mlps[n].gate.weight, mlps[n].down.weight)]
+    weights = [w for n in layers for w in (mlps[n].before.weight, mlps[n].down.weight)]
     weights.append(hf_model.get_input_embeddings().weight)
     if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
         return None

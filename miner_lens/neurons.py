@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from miner_lens import files, select
-from miner_lens.identity import ModelIdentity
+from miner_lens.identity import SITES, ModelIdentity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,9 +35,11 @@ class NeuronSet:
         identity: The model they come from, where it is known.
         means: Mean activation of every neuron of the model, as mined; `ablate(value="mean")`
             writes these. Not part of equality.
+        site: Where the neurons live: "llm", "vision", "audio" or "projector"; default the
+            identity's site, or "llm".
 
     Raises:
-        ValueError: If a pair lies outside the model, or `identity` has another shape.
+        ValueError: If a pair lies outside the model, or `identity` has another shape or site.
 
     Example:
         >>> image = NeuronSet([(0, 3), (1, 2)], layers=2, neurons=4)
@@ -51,6 +53,7 @@ class NeuronSet:
     layers: int
     neurons: int
     identity: ModelIdentity | None
+    site: str
     _member: Bool[Tensor, "layer neuron"]
     _means: Float[Tensor, "layer neuron"] | None
 
@@ -62,7 +65,17 @@ class NeuronSet:
         neurons: int,
         identity: ModelIdentity | None = None,
         means: Float[Tensor, "layer neuron"] | None = None,
+        site: str | None = None,
     ) -> None:
+        if site is None:
+            site = "llm" if identity is None else identity.site
+        if site not in SITES:
+            raise ValueError(f"There is no site {site!r}; there are {', '.join(SITES)}.")
+        if identity is not None and identity.site != site:
+            raise ValueError(
+                f"NeuronSet was given site {site!r}, but its identity is of site "
+                f"{identity.site!r}. Pass the identity of the site that was mined."
+            )
         if identity is not None and (identity.layers, identity.neurons) != (layers, neurons):
             raise ValueError(
                 f"NeuronSet was given {layers} layers x {neurons} neurons, but its identity "
@@ -86,6 +99,7 @@ class NeuronSet:
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "neurons", neurons)
         object.__setattr__(self, "identity", identity)
+        object.__setattr__(self, "site", site)
         object.__setattr__(self, "_member", member)
         object.__setattr__(
             self, "_means", None if means is None else means.detach().cpu().float().clone()
@@ -97,6 +111,7 @@ class NeuronSet:
         mask: Bool[Tensor, "layer neuron"],
         identity: ModelIdentity | None = None,
         means: Float[Tensor, "layer neuron"] | None = None,
+        site: str | None = None,
     ) -> NeuronSet:
         """The neurons at which `mask` is True."""
         layers, neurons = mask.shape
@@ -106,6 +121,7 @@ class NeuronSet:
             neurons=neurons,
             identity=identity,
             means=means,
+            site=site,
         )
 
     @classmethod
@@ -143,12 +159,7 @@ class NeuronSet:
         if not 0 <= count <= total:
             raise ValueError(f"Cannot draw {count} of the model's {total} neurons.")
         mask = select.random(like.layers, like.neurons, count, seed)
-        return cls.from_mask(mask, like.identity, like.means)
-
-    @property
-    def site(self) -> str:
-        """Where the neurons live: "llm" unless the model they come from says otherwise."""
-        return "llm" if self.identity is None else self.identity.site
+        return cls.from_mask(mask, like.identity, like.means, like.site)
 
     @property
     def mask(self) -> Bool[Tensor, "layer neuron"]:
@@ -177,10 +188,11 @@ class NeuronSet:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NeuronSet):
             return NotImplemented
-        return self.identity == other.identity and torch.equal(self._member, other._member)
+        known = (self.identity, self.site) == (other.identity, other.site)
+        return known and torch.equal(self._member, other._member)
 
     def __hash__(self) -> int:
-        return hash((self.layers, self.neurons, self.identity, self._member.numpy().tobytes()))
+        return hash((self.identity, self.site, self._member.shape, self._member.numpy().tobytes()))
 
     def __repr__(self) -> str:
         model = "" if self.identity is None else f", model={self.identity.name!r}"
@@ -228,6 +240,18 @@ class NeuronSet:
         counts: list[int] = self._member.sum(1).tolist()
         return counts
 
+    def require_site(self, site: str | None) -> None:
+        """Refuse another site than the neurons' own; None allows any.
+
+        Raises:
+            ValueError: The neurons live elsewhere.
+        """
+        if site not in (None, self.site):
+            raise ValueError(
+                f"These neurons are of site {self.site!r}, not {site!r}. Mine that site, or leave "
+                "site out."
+            )
+
     def transfer(self, identity: ModelIdentity) -> NeuronSet:
         """The same neurons of another model of the same shape, without the mined means.
 
@@ -237,10 +261,12 @@ class NeuronSet:
         return NeuronSet.from_mask(self._member, identity)
 
     def to_frame(self) -> pd.DataFrame:
-        """A table of the columns layer and neuron, one row a neuron."""
+        """A table of the columns site, layer and neuron, one row a neuron."""
         import pandas as pd
 
-        return pd.DataFrame(self._member.nonzero().numpy(), columns=["layer", "neuron"])
+        table = pd.DataFrame(self._member.nonzero().numpy(), columns=["layer", "neuron"])
+        table.insert(0, "site", self.site)
+        return table
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set to a safetensors file; the model is in its metadata."""
@@ -250,6 +276,7 @@ class NeuronSet:
         metadata = {
             "layers": self.layers,
             "neurons": self.neurons,
+            "site": self.site,
             "identity": None if self.identity is None else self.identity.to_dict(),
         }
         files.write(path, "NeuronSet", tensors, metadata)
@@ -270,6 +297,7 @@ class NeuronSet:
             neurons=metadata["neurons"],
             identity=None if identity is None else ModelIdentity.from_dict(identity),
             means=tensors.get("means"),
+            site=metadata.get("site"),
         )
 
     def push_to_hub(
@@ -323,6 +351,11 @@ class NeuronSet:
             )
         if self.identity is not None and other.identity is not None:
             self.identity.check(other.identity, "One NeuronSet")
+        if self.site != other.site:
+            raise ValueError(
+                f"NeuronSets of different sites do not mix: {self.site!r} and {other.site!r}. "
+                "Keep them apart, and open one ablation inside the other."
+            )
         if (self.layers, self.neurons) != (other.layers, other.neurons):
             raise ValueError(
                 f"NeuronSets of different shapes do not mix: {self.layers} layers x "
@@ -334,7 +367,7 @@ class NeuronSet:
     def _with(self, other: NeuronSet, member: Bool[Tensor, "layer neuron"]) -> NeuronSet:
         identity = other.identity if self.identity is None else self.identity
         means = other._means if self._means is None else self._means
-        return NeuronSet.from_mask(member, identity, means)
+        return NeuronSet.from_mask(member, identity, means, self.site)
 
 
 def _indices(pairs: Any) -> Int64[Tensor, "pair 2"]:

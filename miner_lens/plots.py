@@ -61,8 +61,25 @@ def _draw_condition(panel: Any, off: str, line: pd.DataFrame) -> None:
         panel.fill_between(x, y - line["spread"], y + line["spread"], color=colour, alpha=0.15)
 
 
-def neurons_by_layer(neurons: Mapping[str, NeuronSet]) -> Figure:
-    """How many neurons of each modality every layer has, as grouped bars."""
+def neurons_by_layer(neurons: Mapping[str, NeuronSet], site: str | None = None) -> Figure:
+    """How many neurons of each modality every layer has, as grouped bars.
+
+    Args:
+        neurons: Sets by name, as `select` returns them.
+        site: Draw only the sets of this site; needed where there are sets of several.
+
+    Raises:
+        ValueError: There are sets of several sites and none is named, or none of the one named.
+    """
+    found = sorted({chosen.site for chosen in neurons.values()})
+    if site is None and len(found) == 1:
+        (site,) = found
+    if site not in found:
+        raise ValueError(
+            f"The neurons are of the sites {', '.join(found) or 'of no model'}, and one is drawn "
+            f"at a time; site is {site!r}. Name one of them."
+        )
+    neurons = {name: chosen for name, chosen in neurons.items() if chosen.site == site}
     figure, (panel,) = _figure(1)
     width = 0.8 / len(neurons)
     for place, (modality, chosen) in enumerate(neurons.items()):
@@ -71,7 +88,7 @@ def neurons_by_layer(neurons: Mapping[str, NeuronSet]) -> Figure:
         ]
         colour = COLOURS.get(modality)
         panel.bar(layers, chosen.counts(), width, label=modality, color=colour)
-    panel.set(xlabel="layer", ylabel="neurons")
+    panel.set(xlabel=f"layer of the {site}", ylabel="neurons")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(title="modality", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     panel.grid(axis="y", alpha=0.3)

@@ -129,13 +129,19 @@ class ImportanceScores:
         """Number of neurons in each layer."""
         return self.values.shape[3]
 
+    @property
+    def site(self) -> str:
+        """Where the neurons live: "llm" unless the model that was mined says otherwise."""
+        return "llm" if self.identity is None else self.identity.site
+
     def __getitem__(self, modality: str) -> Float[Tensor, "metric layer neuron"]:
         if modality not in self.modalities:
             raise KeyError(f"There is no {modality!r} here; there are {', '.join(self.modalities)}")
         return self.values[:, self.modalities.index(modality)]
 
     def __repr__(self) -> str:
-        shape = f"{self.layers} layers x {self.neurons} neurons"
+        site = "" if self.site == "llm" else f", site={self.site!r}"
+        shape = f"{self.layers} layers x {self.neurons} neurons{site}"
         model = "" if self.identity is None else f" of {self.identity.name}"
         name = max(len("modality"), *map(len, self.modalities), 0)
         head = f"{'modality':<{name}}  {'samples':>7}" + "".join(f"  {m:>6}" for m in self.metrics)
@@ -234,6 +240,7 @@ class ImportanceScores:
         weights: Sequence[float] | Mapping[str, float] | None = None,
         split: str | None = None,
         seed: int = 0,
+        site: str | None = None,
     ) -> Selection:
         """Modality-specific neurons: for each modality, a set of them (MINER, stage 4).
 
@@ -247,12 +254,18 @@ class ImportanceScores:
                 there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
                 that occur in the data.
             seed: Seed of "random".
+            site: The site that the scores must be of; default their own.
 
         Raises:
             ValueError: If an argument is unknown or out of range, none of the split's
-                modalities occurs, the ratio leaves a modality or layer without a neuron, or
-                the scores contain NaN.
+                modalities occurs, the ratio leaves a modality or layer without a neuron, the
+                scores contain NaN, or they are of another site.
         """
+        if site not in (None, self.site):
+            raise ValueError(
+                f"These scores are of site {self.site!r}, not {site!r}. Mine that site with "
+                f"mine(..., site={site!r})."
+            )
         counts = dict(zip(self.modalities, self.occurrences, strict=True))
         if split is None:
             fitting = (name for name, parts in select.SPLITS.items() if counts.get(parts[0]))
@@ -275,9 +288,7 @@ class ImportanceScores:
             names,
         )
         masks = select.select(combined, ratio, strategy, seed)
-        means = None
-        if self.means is not None and counts.get("prompt"):
-            means = self.means[self.modalities.index("prompt")]
+        means = self._overall_means()
         keys = ["random"] if strategy == "random" else names
         return Selection(
             (key, NeuronSet.from_mask(mask, self.identity, means))
@@ -285,14 +296,15 @@ class ImportanceScores:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """A long table of the columns metric, modality, layer, neuron and score."""
+        """A long table of the columns site, metric, modality, layer, neuron and score."""
         import pandas as pd
 
         axes = [self.metrics, self.modalities, range(self.layers), range(self.neurons)]
         index = pd.MultiIndex.from_product(axes, names=["metric", "modality", "layer", "neuron"])
-        return pd.DataFrame(
-            {"score": self.values.cpu().flatten().numpy()}, index=index
-        ).reset_index()
+        values = {"score": self.values.cpu().flatten().numpy()}
+        table = pd.DataFrame(values, index=index).reset_index()
+        table.insert(0, "site", self.site)
+        return table
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores to a safetensors file; all else is in its metadata, as JSON."""
@@ -333,6 +345,19 @@ class ImportanceScores:
             identity=None if identity is None else ModelIdentity.from_dict(identity),
             info=metadata["info"],
         )
+
+    def _overall_means(self) -> Float[Tensor, "layer neuron"] | None:
+        """Each neuron's mean over all tokens that it sees, for the ablation that writes means."""
+        if self.means is None:
+            return None
+        if "prompt" in self.modalities:
+            prompt = self.modalities.index("prompt")
+            return self.means[prompt] if self.occurrences[prompt] else None
+        if self.site == "llm":
+            return None
+        # In a tower there is one row for each medium, and no medium's rows are another's.
+        weights = [torch.tensor(float(count)) for count in self.occurrences]
+        return _mix(list(self.means), weights)
 
     def _check(self, other: ImportanceScores) -> None:
         """Refuse scores that cannot be averaged with these."""

@@ -220,7 +220,7 @@ def test_padding_has_no_part_in_the_minimum(shapes: Any, as_hooks: bool) -> None
         return output.masked_fill(~real[..., None], -50.0)
 
     names = ["blocks.0.mlp.act.hook_out"]
-    activation = models.gated_mlps(shapes)[0].activation
+    activation = models.mlps(shapes)[0].activation
     handle = activation.register_forward_hook(lower_at_padding)
     with torch.no_grad():
         _, cache = shapes.run_with_cache(batch["input_ids"], names_filter=names, **rest_of(batch))
@@ -239,7 +239,7 @@ def rest_of(batch: dict[str, Any]) -> dict[str, Any]:
 
 def test_what_others_have_seen_is_not_overwritten(bridge: Any, inputs: dict[str, Any]) -> None:
     kept = []
-    activation = models.gated_mlps(bridge)[0].activation
+    activation = models.mlps(bridge)[0].activation
     handle = activation.register_forward_hook(lambda module, args, output: kept.append(output))
     logits(bridge, inputs)
     with ml.ablate(bridge, neuron_set(*SOME), 9.0):

@@ -27,6 +27,24 @@ def test_info() -> None:
     shown = call("info", "shapes")
     for fact in ("Qwen2VLForConditionalGeneration", "llm", "6", "384", "image", "video"):
         assert fact in shown
+    rows = {line.split()[1]: line.split()[3:6:2] for line in shown.splitlines() if "384" in line}
+    assert rows == {"llm": ["6", "384"], "vision": ["3", "384"], "projector": ["1", "384"]}
+
+
+def test_sites(tmp_path: Path) -> None:
+    scores, msns = tmp_path / "scores.safetensors", tmp_path / "msns"
+    call("mine", "shapes", "--out", scores, "--limit", 2, "--site", "vision")
+    assert ml.ImportanceScores.load(scores).site == "vision"
+    shown = call("select", scores, "--out", msns, "--site", "llm", code=2)
+    assert "of site 'vision', not 'llm'" in shown
+    call("select", scores, "--out", msns, "--ratio", 0.1, "--site", "vision")
+    neurons = msns / "neurons-image.safetensors"
+    assert ml.NeuronSet.load(neurons).site == "vision"
+    shown = call("ablate", "shapes", neurons, "--question", "what is it?", "--site", "vision")
+    assert "ablated:" in shown
+    assert "not one of its sites" in call(
+        "mine", "shapes", "--out", tmp_path / "no", "--site", "audio", "--limit", 1, code=2
+    )
 
 
 def test_mine_select_ablate(tmp_path: Path) -> None:

@@ -135,6 +135,45 @@ def test_attention_with_grouped_queries(causal: bool, kv_heads: int) -> None:
     torch.testing.assert_close(kernels.head_mean_attention(q, k, causal), expected)
 
 
+@few
+@given(shapes, st.booleans(), st.booleans(), st.integers(1, 9), st.integers(0, 200))
+def test_fused_sums_equal_those_of_the_pattern(
+    shape: tuple[int, ...], causal: bool, padded: bool, rows: int, budget: int
+) -> None:
+    _, q, k, masks = layer(*shape, heads=4)
+    k = k[:, ::2]
+    real = masks.any(1) if padded else None
+    pattern = kernels.head_mean_attention(q, k, causal, real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_KEPT_ON_CPU", budget)
+        patch.setattr(
+            kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
+        )
+        fused = kernels.fused_attention_sums(q, k, masks, causal, real)
+    torch.testing.assert_close(fused, kernels.attention_sums(pattern, masks), atol=1e-5, rtol=1e-5)
+
+
+@few
+@given(shapes, st.integers(1, 9), st.integers(0, 200), st.data())
+def test_segments_attend_only_to_themselves(
+    shape: tuple[int, ...], rows: int, budget: int, data: st.DataObject
+) -> None:
+    _, q, k, masks = layer(*shape)
+    pos = q.shape[2]
+    steps = data.draw(st.lists(st.integers(0, 2), min_size=pos, max_size=pos))
+    segments = torch.tensor(steps).cumsum(0)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).double()
+    scores[:, :, segments[:, None] != segments] = -torch.inf
+    pattern = scores.softmax(-1).mean(1).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_KEPT_ON_CPU", budget)
+        patch.setattr(
+            kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
+        )
+        fused = kernels.fused_attention_sums(q, k, masks, segments=segments)
+    torch.testing.assert_close(fused, kernels.attention_sums(pattern, masks), atol=1e-5, rtol=1e-5)
+
+
 def test_chunks_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
     x, q, k, masks = layer(3, 50, 12, 4)
     real = masks.any(1)

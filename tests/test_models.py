@@ -242,7 +242,7 @@ def test_processed_weights_are_refused() -> None:
     bridge = ml.wrap(LlamaForCausalLM(config).eval())
     bridge.enable_compatibility_mode()
     with pytest.raises(ValueError, match="compatibility mode"):
-        models.gated_mlps(bridge)
+        models.mlps(bridge)
 
 
 def test_wrapping_twice(tiny: Any) -> None:
@@ -265,11 +265,11 @@ def test_fingerprint_ignores_dtype_and_sees_weights(shapes: Any) -> None:
     assert models.identity(half) == models.identity(shapes)
     other = copy.deepcopy(half.original_model)
     assert models.identity(other) == models.identity(shapes)
-    for part in ("gate", "down"):
+    for part in ("before", "down"):
         other = copy.deepcopy(half.original_model)
         assert models.identity(other) == models.identity(shapes)
         with torch.no_grad():
-            getattr(models.gated_mlps(other)[0], part).weight.mul_(1.5)
+            getattr(models.mlps(other)[0], part).weight.mul_(1.5)
         assert models.identity(other) != models.identity(shapes)
 
 

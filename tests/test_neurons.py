@@ -118,8 +118,10 @@ def test_views() -> None:
         2: [0, 4],
     }
     frame = neurons.to_frame()
-    assert list(frame.columns) == ["layer", "neuron"]
-    assert [tuple(row) for row in frame.to_numpy().tolist()] == list(neurons)
+    assert list(frame.columns) == ["site", "layer", "neuron"]
+    pairs = frame[["layer", "neuron"]].to_numpy().tolist()
+    assert [tuple(pair) for pair in pairs] == list(neurons)
+    assert set(frame["site"]) == {"llm"}
     assert repr(neurons) == "NeuronSet(3 of 15 neurons, 3 layers, model='shapes')"
     assert neurons.site == make().site == "llm"
     assert copy.deepcopy(neurons) == neurons == pickle.loads(pickle.dumps(neurons))
@@ -300,7 +302,7 @@ def test_numpy_pairs_names_and_shared_memory() -> None:
     means.fill_(9)
     assert chosen.means is not None
     assert not chosen.means.any()
-    for pair in chosen.to_frame().to_numpy():
+    for pair in chosen.to_frame()[["layer", "neuron"]].to_numpy():
         assert tuple(pair) in chosen
     assert (0.0, 3) not in chosen
     here, there = (ModelIdentity(name, "A", 2, 4, fingerprint="f") for name in ("a", "org/a"))

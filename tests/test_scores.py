@@ -195,7 +195,7 @@ def test_load_errors(tmp_path: Path) -> None:
 def test_views() -> None:
     scores = make(identity=IDENTITY, samples=9)
     frame = scores.to_frame()
-    assert list(frame.columns) == ["metric", "modality", "layer", "neuron", "score"]
+    assert list(frame.columns) == ["site", "metric", "modality", "layer", "neuron", "score"]
     row = frame[
         (frame.metric == "max")
         & (frame.modality == "image")

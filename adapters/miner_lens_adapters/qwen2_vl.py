@@ -7,8 +7,12 @@ gated MLP) does not fit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from einops import rearrange
+from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
     VisionProjectionBridge,
@@ -20,6 +24,7 @@ from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder
 )
 
 from miner_lens.modality import ModalityLayout
+from miner_lens.sites import MLP, Call, Rows, Site, Tower, owners, plain
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 
@@ -74,3 +79,106 @@ def modality_layout(config: Any, tokenizer: Any = None) -> ModalityLayout:
     special = {config.vision_start_token_id, config.vision_end_token_id}
     media = {"image": config.image_token_id, "video": config.video_token_id}
     return ModalityLayout(media, frozenset(special | chat_delimiters(tokenizer)))
+
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+
+
+class VisionTower(Tower):
+    """The neurons of the vision transformer, between `fc1` and `fc2`: rows are patches."""
+
+    name = "vision"
+    modalities = ("image", "video")
+
+    def mlps(self, hf_model: Any) -> list[MLP]:
+        """One per block."""
+        blocks = self.module(hf_model).blocks
+        return [MLP(plain(block.mlp.act), block.mlp.fc1, block.mlp.fc2) for block in blocks]
+
+    def activation_point(self, layer: int) -> str:
+        """TransformerLens hook point of a layer's X, [patch neuron]."""
+        return f"vision_encoder.blocks.{layer}.mlp.act.hook_out"
+
+    def attention_points(self, layer: int) -> tuple[str, ...]:
+        """Queries, keys and values in one, before rotary embedding."""
+        return (f"vision_encoder.blocks.{layer}.attn.qkv.hook_out",)
+
+    def queries_and_keys(
+        self, hf_model: Any, seen: tuple[Tensor, ...], inputs: Mapping[str, Any], modality: str
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys by head, rotated as the tower rotates them."""
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+        from transformers.vision_utils import get_vision_position_ids
+
+        tower, vision = self.module(hf_model), hf_model.config.vision_config
+        query, key, _ = rearrange(
+            seen[0],
+            "patch (part head d_head) -> part patch head d_head",
+            part=3,
+            head=vision.num_heads,
+        )
+        grid = inputs[GRIDS[modality]].to(query.device)
+        positions = get_vision_position_ids(grid, vision.spatial_merge_size)
+        cos, sin = plain(tower.rotary_pos_emb)(query, positions)
+        rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb_vision(query, key, cos, sin)
+        return rotated
+
+    def module(self, hf_model: Any) -> Any:
+        """The vision transformer."""
+        return hf_model.model.visual
+
+    def rows(self, hf_model: Any, arguments: Mapping[str, Any]) -> Rows:
+        """Patches; each frame of a video attends only to itself."""
+        return self._patches(hf_model, arguments["grid_thw"].cpu())
+
+    def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
+        """One call for all images and one for all videos."""
+        merged = hf_model.config.vision_config.spatial_merge_size**2
+        calls = []
+        for modality in self.modalities:
+            if inputs.get(PIXELS[modality]) is None:
+                continue
+            grid = inputs[GRIDS[modality]].cpu()
+            token = getattr(hf_model.config, f"{modality}_token_id")
+            placeholders = (inputs["input_ids"] == token).sum(-1)
+            samples = owners(placeholders.tolist(), (grid.prod(-1) // merged).tolist())
+            calls.append(Call(modality, self._patches(hf_model, grid), samples))
+        return calls
+
+    def _patches(self, hf_model: Any, grid: Tensor) -> Rows:
+        frames = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])
+        items = torch.arange(len(grid)).repeat_interleave(grid.prod(-1))
+        segments = torch.arange(len(frames)).repeat_interleave(frames)
+        return Rows(torch.ones_like(items, dtype=torch.bool), items, segments)
+
+
+class Merger(VisionTower):
+    """The neurons of the merger, which projects patches, four at a time, into the decoder.
+
+    It has no attention, so its neurons score 0 by `attn_k` and `attn_q`.
+    """
+
+    name = "projector"
+
+    def mlps(self, hf_model: Any) -> list[MLP]:
+        """A single layer."""
+        before, activation, down = self.module(hf_model).merger.mlp
+        return [MLP(plain(activation), before, down)]
+
+    def activation_point(self, layer: int) -> str:
+        """TransformerLens hook point of X, [token neuron]."""
+        return "vision_projector.act.hook_out"
+
+    def attention_points(self, layer: int) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def _patches(self, hf_model: Any, grid: Tensor) -> Rows:
+        side = hf_model.config.vision_config.spatial_merge_size
+        return super()._patches(hf_model, grid // torch.tensor([1, side, side]))
+
+
+def sites() -> tuple[Site, ...]:
+    """Where Qwen2-VL has neurons beside the decoder."""
+    return VisionTower(), Merger()
