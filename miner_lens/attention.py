@@ -12,6 +12,7 @@ and the decoder silently attends to the future.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ from transformers.masking_utils import bidirectional_mask_function, eager_mask, 
 
 HOOKED = {"eager": "hooked_eager", "sdpa": "hooked_sdpa"}
 UNMASKED = "hooked_unmasked"
+
+REBUILT = (
+    "TransformerLens rebuilds this model's attention, with a [head, query, key] tensor in every "
+    "layer, instead of keeping Hugging Face's own. Scores are the same, but take more time and "
+    "memory; an adapter with maintain_native_attention=True would spare them."
+)
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -74,9 +81,12 @@ def fused(attentions: list[Any]) -> Iterator[None]:
     """Compute native attention fused and hooked, whatever the model's own setting is.
 
     Eager attention would take memory for its pattern, and other functions (flash attention) fire
-    no hooks. The model's setting comes back afterwards.
+    no hooks. The model's setting comes back afterwards. Attention that TransformerLens rebuilds
+    cannot be fused; its own hooks are used, and a warning says so.
     """
     configs = [config for config in map(_config, attentions) if config is not None]
+    if len(configs) < len(attentions):
+        warnings.warn(REBUILT, stacklevel=2)
     if all(config._attn_implementation in (HOOKED["sdpa"], UNMASKED) for config in configs):
         yield
         return

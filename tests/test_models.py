@@ -194,7 +194,8 @@ def test_other_gated_families_get_neuron_hooks() -> None:
     _, cache = bridge.run_with_cache(ids)
     assert cache["blocks.1.mlp.act.hook_out"].shape == (1, 6, 48)
     masks = {"text": torch.ones(1, 6, dtype=torch.bool)}
-    scores = ml.mine(bridge, [({"input_ids": ids}, masks)], progress=False)
+    with pytest.warns(UserWarning, match="TransformerLens rebuilds this model's attention"):
+        scores = ml.mine(bridge, [({"input_ids": ids}, masks)], progress=False)
     assert scores.values.shape == (5, 1, 2, 48)
     assert scores.values.amax() == 1
 
