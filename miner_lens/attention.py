@@ -30,7 +30,8 @@ UNMASKED = "hooked_unmasked"
 REBUILT = (
     "TransformerLens rebuilds this model's attention, with a [head, query, key] tensor in every "
     "layer, instead of keeping Hugging Face's own. Scores are the same, but take more time and "
-    "memory; an adapter with maintain_native_attention=True would spare them."
+    "memory; an adapter with TransformerLens's plain AttentionBridge and "
+    "maintain_native_attention=True would spare them."
 )
 
 Output = tuple[Tensor, Tensor | None]
@@ -109,7 +110,12 @@ def unmasked(model: Any) -> Iterator[None]:
 
 
 def _config(bridge: Any) -> Any:
-    if not getattr(bridge, "maintain_native_attention", False):
+    """The config of an attention that Hugging Face computes, or None."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    # Subclasses that rebuild attention set maintain_native_attention as well.
+    native = getattr(type(bridge), "forward", None) is AttentionBridge.forward
+    if not (native and bridge.maintain_native_attention):
         return None
     return getattr(bridge.original_component, "config", None)
 

@@ -1,4 +1,4 @@
-"""The main job on a model organism: mine, select, switch off, compare with random neurons."""
+"""The main job on the model organisms: mine, select, switch off, compare with random neurons."""
 
 from __future__ import annotations
 
@@ -24,8 +24,26 @@ from miner_lens.scores import ImportanceScores
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHOWN_RATIO = 0.02
 SEEDS = (0, 1, 2)
-INPUTS = ("image", "text")
 ANSWER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Organism:
+    """What the demo asks a model organism.
+
+    Attributes:
+        data: Its data set.
+        inputs: The input modalities in which each question can be asked.
+    """
+
+    data: str
+    inputs: tuple[str, ...]
+
+
+ORGANISMS = {
+    "shapes": Organism("easy-vqa", ("image", "text")),
+    "speech": Organism("spoken-scenes", ("audio", "text")),
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +61,13 @@ class Condition:
     sets: tuple[NeuronSet, ...]
 
 
-def run_demo(out: Path, samples: int = 200, console: Console | None = None) -> pd.DataFrame:
-    """Mine the `shapes` organism on easy-VQA's test split and switch its neurons off.
+def run_demo(
+    organism: str, out: Path, samples: int = 200, console: Console | None = None
+) -> pd.DataFrame:
+    """Mine an organism on its data set's test split and switch its neurons off.
 
     Args:
+        organism: `"shapes"` or `"speech"`.
         out: Folder for scores, neuron sets, the table (CSV) and two figures; made if needed.
         samples: How many questions to ask in each input modality.
         console: Where to print; default the terminal.
@@ -54,20 +75,26 @@ def run_demo(out: Path, samples: int = 200, console: Console | None = None) -> p
     Returns:
         One row for each input modality and condition: `input`, `off`, `ratio`, `neurons`,
         `accuracy` (over seeds: their mean), `spread` (their standard deviation), `samples`.
+
+    Raises:
+        ValueError: There is no such organism.
     """
+    if organism not in ORGANISMS:
+        raise ValueError(f"There is no organism {organism!r}; there are {', '.join(ORGANISMS)}.")
+    setting = ORGANISMS[organism]
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
-    model = load("shapes", device="cpu")
-    data = {ask: datasets.load("easy-vqa", limit=samples, ask=ask) for ask in INPUTS}
+    model = load(organism, device="cpu")
+    data = {ask: datasets.load(setting.data, limit=samples, ask=ask) for ask in setting.inputs}
 
-    console.print(f"Mining [bold]shapes[/] over {samples} questions in each input modality")
-    scores = ImportanceScores.mean([mine(model, data[ask], batch_size=16) for ask in INPUTS])
+    console.print(f"Mining [bold]{organism}[/] over {samples} questions in each input modality")
+    scores = ImportanceScores.mean([mine(model, some, batch_size=16) for some in data.values()])
     scores.save(out / "scores.safetensors")
     chosen = scores.select(SHOWN_RATIO)
     for modality, neurons in chosen.items():
         neurons.save(out / f"neurons-{modality}.safetensors")
 
-    questions = {ask: list(render(model, data[ask], batch_size=50)) for ask in INPUTS}
+    questions = {ask: list(render(model, some, batch_size=50)) for ask, some in data.items()}
     table = _measure(model, scores, questions, console)
     table.to_csv(out / "accuracy.csv", index=False)
     plots.accuracy_by_ratio(table).savefig(out / "accuracy.png")
@@ -134,7 +161,7 @@ def _report(console: Console, table: pd.DataFrame, chosen: dict[str, NeuronSet],
     for ratio in RATIOS:
         rows = table[table["ratio"].isna() | (table["ratio"] == ratio)]
         console.print(_accuracies(rows, ratio))
-    for ask in INPUTS:
+    for ask in table["input"].unique():
         for finding in _findings(table, ask):
             console.print(finding)
     sizes = ", ".join(f"{len(neurons)} {modality}" for modality, neurons in chosen.items())
@@ -145,11 +172,12 @@ def _accuracies(rows: pd.DataFrame, ratio: float) -> Table:
     shown = Table(title=f"Accuracy with {ratio:.1%} of the neurons selected")
     shown.add_column("switched off")
     shown.add_column("neurons", justify="right")
-    for ask in INPUTS:
+    inputs = rows["input"].unique()
+    for ask in inputs:
         shown.add_column(f"from the {ask}", justify="right")
     for off, group in rows.groupby("off", sort=False):
         cells = []
-        for ask in INPUTS:
+        for ask in inputs:
             row = group[group["input"] == ask].iloc[0]
             spread = "" if pd.isna(row["spread"]) else f" ± {row['spread']:.3f}"
             cells.append(f"{row['accuracy']:.3f}{spread}")
