@@ -70,7 +70,8 @@ class PromptPass(Pass):
         super().__init__()
         self.modalities = tuple(masks)
         self.masks = torch.stack(list(masks.values()), dim=1) if masks else torch.empty(0)
-        self.real = real
+        # Where nothing is padded there is nothing to mask. Asked once a pass, not in every layer.
+        self.padding = None if bool(real.all()) else real
         self._query: Tensor | None = None
         self._sums: Tensor | None = None
 
@@ -106,7 +107,7 @@ class PromptPass(Pass):
             key.transpose(1, 2),
             self.masks.to(key.device),
             causal=self.causal,
-            mask=self.real.to(key.device),
+            mask=None if self.padding is None else self.padding.to(key.device),
         )
         self._query = None
 
