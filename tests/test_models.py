@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import miner_lens as ml
-from miner_lens import attention, generation, models
+from miner_lens import attention, generation, models, sites
 from tests.reference import REFERENCE, load
 from tests.test_reference_model import EACH_SAMPLE, logits, model_inputs
 
@@ -154,14 +154,20 @@ def test_edits_of_rotated_queries_reach_the_output(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "neurons"),
+    ("name", "shapes"),
     [
-        ("qwen2_vl_2b_instruct", 28, 8960),
-        ("qwen2_vl_7b_instruct", 28, 18944),
-        ("qwen2_audio_7b_instruct", 32, 11008),
+        (
+            "qwen2_vl_2b_instruct",
+            {"llm": (28, 8960), "vision": (32, 5120), "projector": (1, 5120)},
+        ),
+        (
+            "qwen2_vl_7b_instruct",
+            {"llm": (28, 18944), "vision": (32, 5120), "projector": (1, 5120)},
+        ),
+        ("qwen2_audio_7b_instruct", {"llm": (32, 11008), "audio": (32, 5120)}),
     ],
 )
-def test_published_configs_build_on_meta(name: str, layers: int, neurons: int) -> None:
+def test_published_configs_build_on_meta(name: str, shapes: dict[str, tuple[int, int]]) -> None:
     import transformers
 
     path = REFERENCE / "checkpoint_configs" / f"{name}.json"
@@ -171,9 +177,13 @@ def test_published_configs_build_on_meta(name: str, layers: int, neurons: int) -
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
     bridge = ml.wrap(model)
-    found = models.identity(bridge)
-    assert (found.layers, found.neurons, found.fingerprint) == (layers, neurons, None)
-    assert all(f"blocks.{i}.mlp.act.hook_out" in bridge.hook_dict for i in range(layers))
+    places = sites.sites(model)
+    assert set(places) == set(shapes)
+    for site, (layers, neurons) in shapes.items():
+        found = models.identity(bridge, site)
+        assert (found.layers, found.neurons, found.fingerprint) == (layers, neurons, None)
+        points = [places[site].activation_point(layer) for layer in range(layers)]
+        assert set(points) <= set(bridge.hook_dict)
 
 
 def test_boot_transformers_works_and_is_mined_alike(shapes: Any) -> None:
