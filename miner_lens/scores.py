@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from miner_lens import files, select
+from miner_lens.aggregate import merge_info, mix
 from miner_lens.identity import ModelIdentity
 from miner_lens.kernels import METRICS
 from miner_lens.neurons import NeuronSet
@@ -170,10 +170,10 @@ class ImportanceScores:
         means = None
         if self.means is not None and other.means is not None:
             counts = torch.tensor(pairs, dtype=torch.float64)
-            means = _mix([self.means, other.means], list(counts.T[:, :, None, None]))
+            means = mix([self.means, other.means], list(counts.T[:, :, None, None]))
         whole = [torch.tensor(float(scores.samples)) for scores in (self, other)]
         return ImportanceScores(
-            _mix([self.values, other.values], whole),
+            mix([self.values, other.values], whole),
             self.modalities,
             metrics=self.metrics,
             samples=samples,
@@ -181,7 +181,7 @@ class ImportanceScores:
             skipped=self.skipped + other.skipped,
             means=means,
             identity=self.identity or other.identity,
-            info=_merge_info(self.info, other.info),
+            info=merge_info(self.info, other.info),
         )
 
     @classmethod
@@ -213,14 +213,14 @@ class ImportanceScores:
             having = [(s, s.modalities.index(modality)) for s in sets if modality in s.modalities]
             occurring = [(s, i) for s, i in having if s.occurrences[i]] or having
             equal = [torch.tensor(1.0)] * len(occurring)
-            values.append(_mix([s.values[:, i] for s, i in occurring], equal))
+            values.append(mix([s.values[:, i] for s, i in occurring], equal))
             if with_means:
                 rows = [s.means[i] for s, i in occurring if s.means is not None]
-                means.append(_mix(rows, equal))
+                means.append(mix(rows, equal))
             occurrences.append(sum(s.occurrences[i] for s, i in having))
         info: dict[str, Any] = {}
         for one in sets:
-            info = _merge_info(info, one.info)
+            info = merge_info(info, one.info)
         return cls(
             torch.stack(values, 1),
             modalities,
@@ -357,7 +357,7 @@ class ImportanceScores:
             return None
         # In a tower there is one row for each medium, and no medium's rows are another's.
         weights = [torch.tensor(float(count)) for count in self.occurrences]
-        return _mix(list(self.means), weights)
+        return mix(list(self.means), weights)
 
     def _check(self, other: ImportanceScores) -> None:
         """Refuse scores that cannot be averaged with these."""
@@ -379,29 +379,3 @@ class ImportanceScores:
                 f"Scores of different attention modes do not mix: {modes[0]} and {modes[1]}. "
                 f"Mine both with the same attention=."
             )
-
-
-def _mix(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Weighted mean in fp64, 0 where all weights are 0."""
-    total = sum((weight.double() for weight in weights), torch.tensor(0.0)).clamp(min=1)
-    return sum(
-        (
-            tensor.double() * (weight / total).to(tensor.device)
-            for tensor, weight in zip(tensors, weights, strict=True)
-        ),
-        torch.tensor(0.0, device=tensors[0].device),
-    ).float()
-
-
-def _merge_info(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, with a sorted list of the different values where they differ."""
-    merged = {**a, **b}
-    for key in a.keys() & b.keys():
-        if a[key] != b[key]:
-            both = [value for one in (a[key], b[key]) for value in _as_list(one)]
-            merged[key] = [json.loads(text) for text in sorted({json.dumps(v) for v in both})]
-    return merged
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
