@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from miner_lens.ablation import ablate, ablation_hooks
     from miner_lens.analyzer import Analyzer, Batch, run
     from miner_lens.baking import bake
+    from miner_lens.distributed import RankError
     from miner_lens.evaluation import accuracy, answers
     from miner_lens.generation import generate, inputs
     from miner_lens.identity import ModelIdentity
@@ -44,6 +45,7 @@ _HOMES = {
     "Batch": "analyzer",
     "run": "analyzer",
     "bake": "baking",
+    "RankError": "distributed",
     "accuracy": "evaluation",
     "answers": "evaluation",
     "ModelIdentity": "identity",
@@ -69,6 +71,7 @@ __all__ = [
     "ModalityLayout",
     "ModelIdentity",
     "NeuronSet",
+    "RankError",
     "Sample",
     "SampleError",
     "ablate",

@@ -251,8 +251,10 @@ class _Write:
 
     def indices(self, layers: list[MLP]) -> dict[int, Tensor]:
         """Neurons by layer, on the device where the layer computes."""
+        devices = [mlp.before.weight.device for mlp in layers]
         return {
-            layer: index.to(layers[layer].before.weight.device)
+            # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
+            layer: index if devices[layer].type == "meta" else index.to(devices[layer])
             for layer, index in self.neurons.by_layer().items()
         }
 
@@ -263,6 +265,7 @@ class _Write:
         index: Tensor,
         tokens: _Tokens | _TowerRows,
     ) -> Float[Tensor, "*row neuron"]:
+        index = index.to(x.device)
         chosen = tokens.chosen()
         if self.at is not None and (chosen is None or chosen.shape != x.shape[:-1]):
             raise ValueError(

@@ -2,66 +2,44 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import torch
-from jaxtyping import Bool
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.text import Text
 from torch import Tensor
 
-from miner_lens import attention
-from miner_lens.checkpoint import Checkpoint
-from miner_lens.generation import Inputs, prepare_inputs, to_device
+from miner_lens.batches import Batch, BatchSize, batching
+from miner_lens.checkpoint import Checkpoint, Past
+from miner_lens.distributed import Ranks, absorb, joined
+from miner_lens.generation import Inputs
 from miner_lens.modality import Masks
-from miner_lens.models import hf_model_of, identity, is_bridge, layout, prepare
-from miner_lens.sample import Sample, SampleError
+from miner_lens.models import identity, is_bridge, prepare
+from miner_lens.progress import Bar
+from miner_lens.sample import Sample
+from miner_lens.shares import Items, Share
+from miner_lens.work import CountsSkipped, OnError, Work, evaluating
+
+__all__ = [
+    "Analyzer",
+    "Batch",
+    "BatchSize",
+    "CountsSkipped",
+    "Data",
+    "Hook",
+    "KnowsModel",
+    "OnError",
+    "State",
+    "run",
+]
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 Prepared = tuple[Inputs, Masks]
 Data = Iterable[Sample] | Iterable[Prepared]
-OnError = Literal["raise", "skip"]
 State = dict[str, Tensor]
 R = TypeVar("R", covariant=True)
 S = TypeVar("S")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass is about.
-
-    Attributes:
-        inputs: Keyword arguments of the Hugging Face model, on its device.
-        masks: The tokens of each modality, [batch pos] each; padding belongs to none.
-        ids: A name for each sample, for error messages.
-    """
-
-    inputs: Inputs
-    masks: Masks
-    ids: tuple[str, ...]
-
-    @property
-    def real(self) -> Bool[Tensor, "batch pos"]:
-        """The tokens that are not padding."""
-        mask = self.inputs.get("attention_mask")
-        if mask is not None:
-            real: Tensor = mask.to(torch.bool)
-            return real
-        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
 
 
 @runtime_checkable
@@ -70,7 +48,8 @@ class Analyzer(Protocol[R]):
 
     `run` calls, for each batch: `hooks` before the forward pass, `check` and `update` after it.
     States merge, so a run can be split over processes or resumed; a new analysis is one class
-    with these methods.
+    with these methods. For merging, an analyzer is copied (`copy.deepcopy`, without the model) and
+    the copy restored from another process's state.
     """
 
     def hooks(self, model: Any, batch: Batch | None = None) -> list[Hook]:
@@ -101,7 +80,7 @@ class Analyzer(Protocol[R]):
         ...
 
     def restore(self, state: State) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned, forgetting what was seen before."""
         ...
 
     def result(self) -> R:
@@ -118,102 +97,127 @@ class KnowsModel(Protocol):
         ...
 
 
-@runtime_checkable
-class CountsSkipped(Protocol):
-    """An analyzer that keeps count of the samples that `run` skipped."""
-
-    def skip(self, samples: int) -> None:
-        """Count samples that could not be used."""
-        ...
-
-
 def run(
     model: Any,
     data: Data,
     *analyzers: Analyzer[Any],
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     limit: int | None = None,
     on_error: OnError = "raise",
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
+    checkpoint_every_samples: int | None = None,
 ) -> Any:
     """Show every sample to the model once, prefill only, with all analyzers reading along.
 
-    Nothing is kept from sample to sample but the analyzers' states.
+    Nothing is kept from sample to sample but the analyzers' states. Under torchrun, accelerate or
+    srun each process takes a share of the data, and rank 0 gets the result; see docs/scaling.md.
 
     Args:
         model: A `TransformerBridge`.
         data: Samples, or prepared pairs `(model_inputs, masks)` with
             `masks: {modality: Bool[batch pos]}`.
-        analyzers: At least one; they share each forward pass.
-        batch_size: Samples in one forward pass. Changes speed, not results. Prepared pairs are
-            passed on as they are.
+        analyzers: At least one; they share each forward pass. With several processes or a
+            checkpoint they must be new.
+        batch_size: Samples in one forward pass. Changes speed, not results. `"auto"` puts samples
+            of like length together, up to a number of tokens that is halved when memory runs out.
+            Prepared pairs are passed on as they are.
         limit: Stop after this many samples (or pairs).
         on_error: What to do with a sample that cannot be read or gives NaN or infinite
             activations: raise `SampleError`, or skip and count it.
         progress: Whether to show a progress bar with samples per second.
         checkpoint: A folder in which to keep the analyzers' states. Called again with the same
             model, data and settings, a run that was stopped, also by SIGKILL, continues from the
-            last write; its result is the one of an uninterrupted run, bit for bit.
+            last write; its result is the one of an uninterrupted run, bit for bit. The number of
+            processes may change (then equal to 1e-6); they must share the folder.
         checkpoint_every: Seconds between two writes.
+        checkpoint_every_samples: Write also after so many samples of a process.
 
     Returns:
-        The analyzer's result, or a tuple of results where there are several.
+        The analyzer's result, or a tuple of results where there are several; None on other ranks
+        than 0.
 
     Raises:
-        ValueError: No data, no usable sample, no analyzer, not a bridge, or a checkpoint of
-            another run.
+        ValueError: No data, no usable sample, no analyzer, not a bridge, a checkpoint of
+            another run, or processes that differ in model, data or settings.
         SampleError: A sample is unusable and `on_error="raise"`.
+        RankError: Another process has stopped.
     """
     _check_arguments(model, analyzers, batch_size, on_error)
     prepare(model)
     for analyzer in analyzers:
         if isinstance(analyzer, KnowsModel):
             analyzer.begin(model)
-    items = iter(data if limit is None else islice(data, limit))
-    seen = skipped = 0
+    way = batching(batch_size, model)
+    items = Items(data, limit)
     keeper = None
-    if checkpoint is not None:
-        settings = _settings(model, analyzers, batch_size, on_error)
-        keeper = Checkpoint(checkpoint, checkpoint_every, settings)
-        seen = keeper.restore(analyzers)
-        if seen:
-            keeper.pass_over(islice(items, seen))
-        skipped = keeper.skipped
-    with _evaluating(model), _Bar(progress, _length(data, limit)) as bar:
-        bar.advance(seen, skipped)
-        for group in _groups(items, batch_size):
-            failures = _pass(model, group, seen, analyzers, on_error)
-            seen += len(group)
-            skipped += failures
-            bar.advance(len(group), skipped)
-            for analyzer in analyzers if failures else ():
-                if isinstance(analyzer, CountsSkipped):
-                    analyzer.skip(failures)
-            if keeper is not None:
-                keeper.update(group, failures, analyzers)
-    if keeper is not None:
-        keeper.write(analyzers)
-    if seen == 0:
-        raise ValueError("There is no data: the iterable of samples is empty.")
-    if skipped == seen:
-        raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
-    results = tuple(analyzer.result() for analyzer in analyzers)
+    with joined(_advice(checkpoint)) as ranks:
+        past = Past.none(ranks.world)
+        settings = partial(_settings, model, analyzers, batch_size, on_error)
+        if ranks.world > 1:
+            _require_same(ranks, settings(), items)
+        if checkpoint is not None:
+            keeper = Checkpoint(checkpoint, checkpoint_every, checkpoint_every_samples, settings())
+            found = keeper.past(ranks.world).to_dict() if ranks.rank == 0 else None
+            past = Past.from_dict(ranks.share(found))
+        record = past.record(ranks.rank)
+        if keeper is not None and past.names[ranks.rank]:
+            keeper.restore(past.names[ranks.rank], record, analyzers)
+        way.limit = record.limit if record.limit is not None else way.limit
+        share = Share(items, way.size, past.legs, ranks.rank, (past.items, past.digest))
+        with evaluating(model), Bar(progress and ranks.rank == 0, items.length) as bar:
+            work = Work(model, analyzers, on_error, way, ranks, keeper, past, record, bar)
+            seen, skipped = work.run(share)
+        if seen == 0:
+            raise ValueError("There is no data: the iterable of samples is empty.")
+        if skipped == seen:
+            raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
+        ranks.merge(analyzers, model, record.items > 0)
+        if ranks.rank > 0:
+            return None
+        holding = seen > past.items or any(past.names)
+        for states in keeper.earlier(past, len(analyzers)) if keeper is not None else ():
+            for analyzer, state in zip(analyzers, states, strict=True):
+                absorb(analyzer, state, model, holding)
+            holding = True
+        results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
 
 
 def _settings(
-    model: Any, analyzers: tuple[Any, ...], batch_size: int, on_error: str
+    model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
 ) -> dict[str, Any]:
     """What must be the same when a run is continued."""
     kinds = [[type(one).__name__, getattr(one, "settings", {})] for one in analyzers]
     who = identity(model).to_dict()
-    return {"model": who, "analyzers": kinds, "batch_size": batch_size, "on_error": on_error}
+    settings = {"model": who, "analyzers": kinds, "batch_size": batch_size, "on_error": on_error}
+    as_read: dict[str, Any] = json.loads(json.dumps(settings))
+    return as_read
+
+
+def _advice(checkpoint: str | Path | None) -> str:
+    """What an error says about going on."""
+    if checkpoint is None:
+        return "Nothing was kept: with checkpoint='folder' the next run would continue."
+    return f"Start it again to continue from {checkpoint}, with any number of processes."
+
+
+def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
+    """Refuse ranks that would not work on the same thing."""
+    mine = {"settings": settings, "samples": items.length, "some samples": items.probe()}
+    for rank, theirs in enumerate(ranks.gather(mine)):
+        for what, value in theirs.items():
+            if value != mine[what]:
+                raise ValueError(
+                    f"Ranks {ranks.rank} and {rank} differ in {what}: {mine[what]} and {value}. "
+                    "Give all processes the same model, the same data in the same order, and the "
+                    "same settings."
+                )
 
 
 def _check_arguments(
-    model: Any, analyzers: tuple[Any, ...], batch_size: int, on_error: str
+    model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
 ) -> None:
     if not is_bridge(model):
         raise ValueError(
@@ -223,163 +227,7 @@ def _check_arguments(
         raise ValueError("run needs at least one analyzer, such as ml.ImportanceAnalyzer().")
     if len({id(analyzer) for analyzer in analyzers}) < len(analyzers):
         raise ValueError("An analyzer was given twice; each keeps its own state.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be at least 1, or 'auto', not {batch_size!r}.")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
-
-
-def _pass(
-    model: Any,
-    group: list[Any],
-    start: int,
-    analyzers: tuple[Analyzer[Any], ...],
-    on_error: OnError,
-) -> int:
-    """Run one group of samples; where that fails and may, run them one by one.
-
-    Returns how many samples were skipped.
-    """
-    try:
-        batch = _batch(model, group, start)
-        _forward(model, batch, analyzers)
-        for analyzer in analyzers:
-            analyzer.check(batch)
-    except SampleError:
-        if on_error == "raise":
-            raise
-        if len(group) == 1:
-            return 1
-        return sum(
-            _pass(model, [item], start + index, analyzers, on_error)
-            for index, item in enumerate(group)
-        )
-    for analyzer in analyzers:
-        analyzer.update(batch)
-    return 0
-
-
-def _forward(model: Any, batch: Batch, analyzers: tuple[Analyzer[Any], ...]) -> None:
-    hf_model = hf_model_of(model)
-    hooks = [hook for analyzer in analyzers for hook in analyzer.hooks(model, batch)]
-    options: Inputs = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
-        options["logits_to_keep"] = 1
-    try:
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-            hf_model(**batch.inputs, **options)
-    except ValueError as error:
-        # Such as fewer placeholders than the media have tokens.
-        raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error
-
-
-def _batch(model: Any, group: list[Any], start: int) -> Batch:
-    if isinstance(group[0], Sample):
-        ids = tuple(s.id or f"sample {start + i}" for i, s in enumerate(group))
-        try:
-            inputs = prepare_inputs(model, [sample.messages for sample in group])
-        except SampleError as error:
-            raise SampleError(f"{', '.join(ids)}: {error}") from error
-        masks = layout(model).masks(inputs["input_ids"], inputs.get("attention_mask"))
-        return Batch(inputs, masks, ids)
-    return _prepared(model, group[0], start)
-
-
-def _prepared(model: Any, pair: Any, start: int) -> Batch:
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise ValueError(
-            "Data must be Samples or pairs (model_inputs, masks); item "
-            f"{start} is {type(pair).__name__}."
-        )
-    device = hf_model_of(model).device
-    inputs = to_device(dict(pair[0]), device)
-    if "input" in inputs:
-        inputs["input_ids"] = inputs.pop("input")
-    masks = to_device(dict(pair[1]), device)
-    if "input_ids" not in inputs:
-        raise ValueError(f"Item {start}: the model inputs have no input_ids.")
-    shape = inputs["input_ids"].shape
-    for modality, mask in masks.items():
-        if mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"Item {start}: the mask of {modality!r} must be a boolean tensor of shape "
-                f"{tuple(shape)} like input_ids, not {mask.dtype} of shape {tuple(mask.shape)}."
-            )
-    if not masks:
-        raise ValueError(f"Item {start}: masks must name at least one modality.")
-    rows = range(shape[0])
-    names = (f"sample {start}",) if len(rows) == 1 else (f"sample {start}, row {r}" for r in rows)
-    batch = Batch(inputs, masks, tuple(names))
-    for modality, mask in masks.items():
-        if bool((mask & ~batch.real).any()):
-            raise ValueError(f"Item {start}: the mask of {modality!r} marks padding as well.")
-    return batch
-
-
-def _groups(items: Iterator[Any], batch_size: int) -> Iterator[list[Any]]:
-    """Up to `batch_size` samples at a time; a prepared pair is a group by itself."""
-    group: list[Any] = []
-    for item in items:
-        if not isinstance(item, Sample):
-            yield [item]
-            continue
-        group.append(item)
-        if len(group) == batch_size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _length(data: Any, limit: int | None) -> int | None:
-    try:
-        length = len(data)
-    except TypeError:
-        return limit
-    return length if limit is None else min(length, limit)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """No dropout, and fused attention; the model's own settings come back afterwards."""
-    hf_model = hf_model_of(model)
-    training = [module for module in hf_model.modules() if module.training]
-    hf_model.eval()
-    try:
-        with attention.fused(attention.attentions_of(model)):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} samples/s")
-
-
-class _Bar:
-    """A progress bar with samples per second and the number of skipped samples."""
-
-    def __init__(self, show: bool, total: int | None) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            _Rate(),
-        )
-        self._progress = Progress(*columns, disable=not show)
-        self._task = self._progress.add_task("samples", total=total)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def advance(self, samples: int, skipped: int) -> None:
-        description = "samples" if not skipped else f"samples ({skipped} skipped)"
-        self._progress.update(self._task, advance=samples, description=description)

@@ -24,13 +24,17 @@ Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or organi
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
     samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 200,
+    organism: Annotated[
+        str | None, typer.Option(help="shapes (images) or speech (sounds); default both.")
+    ] = None,
 ) -> None:
-    """Mine a small trained Qwen2-VL, switch its neurons off, compare with random ones."""
-    from miner_lens.demo import run_demo
+    """Mine small trained models, switch their neurons off, compare with random ones."""
+    from miner_lens.demo import ORGANISMS, run_demo
 
     _without_progress_bars()
     with _clear_errors():
-        run_demo(out, samples)
+        for name in ORGANISMS if organism is None else [organism]:
+            run_demo(name, out / name, samples)
 
 
 @app.command()
@@ -68,12 +72,17 @@ def mine(
     out: Annotated[Path, typer.Option(help="Where to save the scores.")],
     data: Annotated[str, typer.Option(help="Data set.")] = "easy-vqa",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
-    ask: Annotated[str, typer.Option(help="Input modality of easy-vqa: image, text.")] = "image",
+    ask: Annotated[
+        str | None, typer.Option(help="What is asked about: image, audio, text, both.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Stop after this many samples.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 1,
+    batch_size: Annotated[str, typer.Option(help="Samples in one forward pass, or auto.")] = "1",
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",
     site: Annotated[str, typer.Option(help="llm, vision, audio or projector.")] = "llm",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder from which a run that was stopped continues.")
+    ] = None,
 ) -> None:
     """Score every neuron by modality and save the scores."""
     import miner_lens as ml
@@ -87,10 +96,13 @@ def mine(
             _load(model),
             samples,
             attention=attention,  # type: ignore[arg-type]
-            batch_size=batch_size,
+            batch_size="auto" if batch_size == "auto" else int(batch_size),
             on_error=on_error,  # type: ignore[arg-type]
             site=site,
+            checkpoint=checkpoint,
         )
+        if scores is None:  # rank 0 has them
+            return
         scores.save(out)
     typer.echo(repr(scores))
 

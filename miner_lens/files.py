@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
+HEADER = {"kind", "format", "checksum", "metadata"}
 _KEY = "miner_lens"
 
 
@@ -61,9 +63,25 @@ def write(
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are private
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name on disk too, where folders can be synchronised."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems do not know it.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], Any]:
@@ -85,7 +103,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], An
             f"{path} is not a complete safetensors file ({error}). "
             f"It may be cut off or of another format; save or download it again."
         ) from error
-    if not isinstance(header, dict):
+    if not (isinstance(header, dict) and header.keys() >= HEADER):
         raise ValueError(
             f"{path} is a safetensors file, but miner-lens did not write it; expected {kind}."
         )

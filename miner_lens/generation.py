@@ -24,6 +24,13 @@ def prepare_inputs(
         ValueError: The model has no processor.
         SampleError: A medium cannot be read, or the processor refuses the conversation.
     """
+    return to_device(render(model, conversations, add_generation_prompt), input_device(model))
+
+
+def render(
+    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+) -> Inputs:
+    """What `prepare_inputs` returns, still on the CPU."""
     processor = getattr(model, "processor", None)
     if processor is None:
         raise ValueError(
@@ -43,7 +50,18 @@ def prepare_inputs(
     except (ValueError, KeyError, IndexError, TypeError) as error:
         # Such as a text that spells out more placeholders than there are media.
         raise SampleError(f"The processor cannot read this conversation: {error}") from error
-    return to_device(dict(batch), hf_model_of(model).device)
+    return dict(batch)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its inputs."""
+    hf_model = hf_model_of(model)
+    device: torch.device = hf_model.device
+    if device.type != "meta":
+        return device
+    # The embeddings are offloaded; accelerate brings them, and then its hook says where to.
+    hook = getattr(hf_model.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miner_lens import sites
-from miner_lens.analyzer import Batch, Data, Hook, OnError, State, run
+from miner_lens.analyzer import Batch, BatchSize, Data, Hook, OnError, State, run
 from miner_lens.identity import ModelIdentity
 from miner_lens.models import hf_model_of, identity, layout, prepare
 from miner_lens.passes import Pass, PromptPass, TowerPass
@@ -263,12 +263,13 @@ def mine(
     model: Any,
     data: Data,
     attention: AttentionMode = "bidirectional",
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     limit: int | None = None,
     on_error: OnError = "raise",
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
+    checkpoint_every_samples: int | None = None,
     site: str = "llm",
 ) -> ImportanceScores:
     """Score every neuron by how much each modality's tokens drive it.
@@ -279,17 +280,19 @@ def mine(
         model: A `TransformerBridge`, from `ml.load`, `ml.wrap` or TransformerLens itself.
         data: Samples, or prepared pairs `(model_inputs, masks)`.
         attention: `"bidirectional"`, as published, or `"causal"`, as the model attends.
-        batch_size: Samples in one forward pass; changes speed, not results.
+        batch_size: Samples in one forward pass, or `"auto"`; changes speed, not results.
         limit: Stop after this many samples.
         on_error: `"raise"` or `"skip"` samples that cannot be used.
         progress: Whether to show a progress bar.
         checkpoint: A folder from which a run that was stopped continues.
         checkpoint_every: Seconds between two writes to it.
+        checkpoint_every_samples: Write also after so many samples of a process.
         site: Where the neurons live: `"llm"`, `"vision"`, `"audio"` or `"projector"`, as far as
             the model has them. For several in one pass, give `run` an `ImportanceAnalyzer` each.
 
     Returns:
-        Scores [metric modality layer neuron], each in 0 to 1.
+        Scores [metric modality layer neuron], each in 0 to 1; with several processes, None on
+        all but rank 0.
     """
     analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None), site)
     scores: ImportanceScores = run(
@@ -302,6 +305,7 @@ def mine(
         progress=progress,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
+        checkpoint_every_samples=checkpoint_every_samples,
     )
     return scores
 

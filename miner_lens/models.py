@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from miner_lens import organisms, sites
 from miner_lens.identity import ModelIdentity
+from miner_lens.launchers import launcher, local_rank
 from miner_lens.modality import ModalityLayout, layout_for
 from miner_lens.sites import ACTIVATION_NAMES, MLP
 
@@ -281,7 +282,12 @@ def _default_device() -> torch.device:
     # A CUDA build of torch names CUDA as its accelerator on machines that have none.
     available = torch.accelerator.is_available()
     accelerator = torch.accelerator.current_accelerator() if available else None
-    return torch.device("cpu") if accelerator is None else accelerator
+    if accelerator is None:
+        return torch.device("cpu")
+    if launcher() is None:
+        return accelerator
+    # One of several processes: those of a host go around its devices.
+    return torch.device(accelerator.type, local_rank() % torch.accelerator.device_count())
 
 
 def _load_processor(path: str, revision: str | None) -> Any:

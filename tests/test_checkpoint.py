@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
+import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,84 @@ import torch
 
 import miner_lens as ml
 from miner_lens import files
-from miner_lens.checkpoint import SLOTS
+from miner_lens.checkpoint import KIND, NAME, Checkpoint, Past
+from miner_lens.shares import Leg, deal
 
-SCRIPT = """
-import sys
+ROOT = Path(__file__).resolve().parents[1]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+# Loads everything once; the runs that are killed are forks of this process.
+KILLING = """
+import json, mmap, os, random, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import miner_lens as ml
+from tests.test_checkpoint import items_in, same
+
+out, kills = Path(sys.argv[1]), int(sys.argv[2])
 model = ml.load("shapes", device="cpu")
-data = ml.datasets.load("easy-vqa", limit=60)
-print("loaded", flush=True)
-scores = ml.mine(
-    model, data, batch_size=3, progress=False, checkpoint=sys.argv[1], checkpoint_every=0
-)
-scores.save(sys.argv[2])
+data = ml.datasets.load("easy-vqa", limit=60, ask="both")
+taken = mmap.mmap(-1, 8)
+
+
+def counting():
+    for number, sample in enumerate(data, 1):
+        taken[:] = number.to_bytes(8, "little")
+        yield sample
+
+
+def run(folder, batch_size, samples):
+    every = 0.0 if samples is None else 1000.0
+    return ml.run(
+        model, counting(), ml.ImportanceAnalyzer(), batch_size=batch_size, progress=False,
+        checkpoint=folder, checkpoint_every=every, checkpoint_every_samples=samples,
+    )
+
+
+generator = random.Random(0)
+report = {"kills": 0, "finished": 0, "resumed": 0, "lost": []}
+# How large a batch is, after how many samples to write, and what may be lost: the interval, with
+# the pass that was running.
+settings = [(3, None, 3), (3, 6, 9), ("auto", None, 32)]
+whole = {}
+for batch_size, samples, _ in settings:
+    start = time.perf_counter()
+    whole[batch_size] = run(out / "whole", batch_size, samples)
+    seconds = time.perf_counter() - start
+    for file in (out / "whole").iterdir():
+        file.unlink()
+for number, (batch_size, samples, allowed) in enumerate(settings):
+    share = kills * (number + 1) // len(settings)
+    folder, before, finished = out / f"run-{number}", 0, False
+    while report["kills"] < share or not finished:
+        if finished:  # before it was killed often enough
+            folder, before = out / f"run-{number}-{report['kills']}", 0
+        taken[:] = bytes(8)
+        child = os.fork()
+        if child == 0:
+            run(folder, batch_size, samples).save(folder / "scores.safetensors")
+            os._exit(0)
+        if report["kills"] < share:
+            time.sleep(generator.uniform(0, seconds / 2))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        finished = status == 0
+        if finished:
+            scores = ml.ImportanceScores.load(folder / "scores.safetensors")
+            same(scores, whole[batch_size])
+            assert not list(folder.glob(".leg-*"))
+            report["finished"] += 1
+            continue
+        assert status == signal.SIGKILL, status
+        report["kills"] += 1
+        report["resumed"] += before > 0
+        kept, reached = items_in(folder), int.from_bytes(taken[:], "little")
+        assert kept >= before, (kept, before)
+        assert kept >= reached - allowed, (kept, reached)
+        report["lost"].append(max(0, reached - kept))
+        before = kept
+print(json.dumps(report))
 """
 
 
@@ -45,6 +110,14 @@ def mine(model: Any, data: Any, folder: Path | None = None, **options: Any) -> A
     return ml.mine(model, data, progress=False, checkpoint=folder, **options)
 
 
+def items_in(folder: Path) -> int:
+    """How many samples the newest file in a folder covers."""
+    if not folder.exists():
+        return 0
+    paths = [path for path in folder.iterdir() if path.name.startswith("leg-")]
+    return max((files.read(path, KIND)[1]["items"] for path in paths), default=0)
+
+
 def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
     assert torch.equal(a.values, b.values)
     assert torch.equal(a.means, b.means)
@@ -54,6 +127,31 @@ def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
         b.skipped,
         b.identity,
     )
+
+
+def test_every_item_is_dealt_once() -> None:
+    """Legs of 3, 1 and 2 ranks, broken off here and there, against sets of items."""
+    size, units = 3, 20
+    legs, left = [], {unit: set(range(size)) for unit in range(units)}
+    generator = random.Random(0)
+    for world in (3, 1, 2):
+        dealt: dict[int, list[int]] = {rank: [] for rank in range(world)}
+        for unit, (rank, part) in enumerate(
+            itertools.islice(deal([*legs, Leg.fresh(world)]), units)
+        ):
+            assert (rank is None) == (not left[unit])
+            if rank is not None:
+                assert part == set(range(size)) - left[unit]
+                dealt[rank].append(unit)
+        assert sorted(itertools.chain(*dealt.values())) == [unit for unit in left if left[unit]]
+        done, parts = [], []
+        for own in dealt.values():
+            done.append(generator.randrange(4))
+            for unit in own[: done[-1]]:
+                left[unit] = set()
+            parts.append(tuple(sorted(left[own[done[-1]]])[:1]))
+            left[own[done[-1]]] -= set(parts[-1])
+        legs.append(Leg(tuple(done), tuple(parts)))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +176,7 @@ def test_a_finished_run_is_not_run_again(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = mine(shapes, data[:8], tmp_path)
-    monkeypatch.setattr("miner_lens.analyzer._forward", None)
+    monkeypatch.setattr("miner_lens.work._forward", None)
     same(mine(shapes, data[:8], tmp_path), first)
 
 
@@ -90,37 +188,84 @@ def test_writes_only_when_it_is_time(shapes: Any, data: list[ml.Sample], tmp_pat
     assert len(list((tmp_path / "rarely").iterdir())) == 1
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    folder, out = tmp_path / "checkpoint", tmp_path / "scores.safetensors"
-    generator = random.Random(0)
+def test_fifty_kills(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLING, str(tmp_path), "50"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] == 50
+    assert report["resumed"] >= 10
+    assert report["finished"] >= 3
 
-    def start() -> Any:
-        command = [sys.executable, str(script), str(folder), str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "loaded\n"
-        return process
 
-    seen = []
-    for _ in range(2):
-        process = start()
-        time.sleep(generator.uniform(0.05, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        found = [files.read(folder / n, "run")[1] for n in SLOTS if (folder / n).exists()]
-        seen.append(max((metadata["samples"] for metadata in found), default=0))
-    assert seen == sorted(seen)
-    assert start().wait() == 0
-    model = ml.load("shapes", device="cpu")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = mine(model, ml.datasets.load("easy-vqa", limit=60), batch_size=3)
-    finally:
-        torch.set_num_threads(threads)
-    same(ml.ImportanceScores.load(out), whole)
+def test_writes_after_so_many_samples(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    with pytest.raises(StopHereError):
+        ml.run(
+            shapes,
+            stopping(data, 9),
+            ml.ImportanceAnalyzer(),
+            batch_size=2,
+            progress=False,
+            checkpoint=tmp_path,
+            checkpoint_every=1000,
+            checkpoint_every_samples=3,
+        )
+    assert items_in(tmp_path) == 8
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_more_data_afterwards(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    mine(shapes, data[:7], tmp_path)
+    more = mine(shapes, data[:9], tmp_path)
+    assert more.samples == 9
+    torch.testing.assert_close(more.values, mine(shapes, data[:9]).values, atol=1e-6, rtol=0)
+
+
+class Opened:
+    """A data set that makes its samples when asked for them, and counts how often."""
+
+    def __init__(self, samples: list[ml.Sample]) -> None:
+        self.samples = samples
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> ml.Sample:
+        self.asked.append(index)
+        return self.samples[index]
+
+
+def test_what_is_done_is_hardly_opened_again(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miner_lens.shares.SPOT_CHECKS", 2)
+    mine(shapes, Opened(data[:8]), tmp_path)
+    again = Opened(data[:9])
+    mine(shapes, again, tmp_path)
+    assert again.asked == [0, 4, 8]
+    with pytest.raises(ValueError, match="written over other data"):
+        mine(shapes, Opened(data[1:9]), tmp_path)
+
+
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_one_changed_word_is_refused(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, batch_size: Any
+) -> None:
+    with pytest.raises(StopHereError):
+        mine(shapes, stopping(data * 3, 40), tmp_path, batch_size=batch_size, on_error="skip")
+    other = data * 3
+    other[5] = ml.Sample([{"role": "user", "content": "another question"}], (), other[5].id)
+    with pytest.raises(ValueError, match="written over other data"):
+        mine(shapes, other, tmp_path, batch_size=batch_size, on_error="skip")
+
+
+def test_samples_of_odd_shape_are_skipped_with_a_checkpoint_too(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    odd = [ml.Sample([message]) for message in ({"role": "user"}, "words", {"content": [1]})]
+    scores = mine(shapes, [data[0], *odd], tmp_path, on_error="skip")  # type: ignore[list-item]
+    assert (scores.samples, scores.skipped) == (1, 3)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -135,7 +280,7 @@ def test_damaged_file(shapes: Any, data: list[ml.Sample], tmp_path: Path, damage
 
     with pytest.raises(StopHereError):
         mine(shapes, stopping(data, 8), tmp_path)
-    newest = max(tmp_path.iterdir(), key=lambda path: files.read(path, "run")[1]["writes"])
+    newest = max(tmp_path.iterdir(), key=lambda path: files.read(path, KIND)[1]["writes"])
     spoil(newest)
     with pytest.warns(UserWarning, match="Continuing from the checkpoint before"):
         resumed = mine(shapes, data[:8], tmp_path)
@@ -144,6 +289,47 @@ def test_damaged_file(shapes: Any, data: list[ml.Sample], tmp_path: Path, damage
         spoil(path)
     with pytest.raises(ValueError, match="No intact checkpoint"):
         mine(shapes, data[:8], tmp_path)
+
+
+class Numbers:
+    """An analyzer with a small state."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.arange(3.0)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"numbers": self.numbers}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.numbers = state["numbers"]
+
+
+def test_damage_anywhere(tmp_path: Path) -> None:
+    """A bit flipped in any byte, or a cut: never taken for a checkpoint, or it changed nothing."""
+    checkpoint = Checkpoint(tmp_path, 0, None, {"model": "m"})
+    record = Past.none(1).record(0)
+    record.note({0: "item"}, 0, 0)
+    checkpoint.write(record, [Numbers()])
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    damages = [good[:length] for length in range(0, len(good), 7)]
+    generator = random.Random(0)
+    for place, byte in enumerate(good):
+        flipped = bytes([byte ^ 1 << generator.randrange(8)])
+        damages.append(good[:place] + flipped + good[place + 1 :])
+    refused = 0
+    for damage in damages:
+        path.write_bytes(damage)
+        try:
+            past = checkpoint.past(1)
+            analyzer = Numbers()
+            checkpoint.restore(past.names[0], past.record(0), [analyzer])
+        except ValueError:
+            refused += 1
+        else:
+            assert past.record(0) == record
+            assert torch.equal(analyzer.numbers, torch.arange(3.0))
+    assert refused >= len(damages) - 2
 
 
 def test_full_disk(
@@ -161,7 +347,9 @@ def test_full_disk(
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         mine(shapes, data[:9], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [SLOTS[1]]
+    assert [path.name for path in tmp_path.iterdir()] == [
+        NAME.format(leg=0, rank=0, world=1, slot=1)
+    ]
     monkeypatch.undo()
     same(mine(shapes, data[:9], tmp_path), mine(shapes, data[:9]))
 

@@ -271,6 +271,33 @@ def test_device_map() -> None:
     assert ml.generate(bridge, CONVERSATIONS["image"], 3)
 
 
+@pytest.mark.parametrize("offloaded", ["some layers", "everything"])
+def test_offloaded_models_are_mined_alike(
+    shapes: Any, offloaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places: dict[str, str] = {"": "disk"}
+    if offloaded == "some layers":
+        language = "model.language_model"
+        outside = ("embed_tokens", "norm", "rotary_emb")
+        places = dict.fromkeys([f"{language}.{name}" for name in outside], "cpu")
+        places |= {"model.visual": "cpu", "lm_head": "cpu"}
+        places |= {f"{language}.layers.{n}": "disk" if n in (0, 4) else "cpu" for n in range(6)}
+    bridge = ml.load("shapes", device_map=places)
+    assert any(weight.is_meta for weight in bridge.original_model.parameters())
+    data = ml.datasets.load("easy-vqa", limit=6, ask="both")
+    scores = ml.mine(bridge, data, batch_size=3, progress=False)
+    assert torch.equal(scores.values, ml.mine(shapes, data, batch_size=3, progress=False).values)
+    messages = data[0].messages
+    assert ml.generate(bridge, messages, 4) == ml.generate(shapes, messages, 4)
+    inputs = generation.prepare_inputs(shapes, [messages])
+    neurons = scores.select(ratio=0.1)["image"]
+    for value in ("zero", "mean"):
+        with torch.no_grad(), ml.ablate(bridge, neurons, value), ml.ablate(shapes, neurons, value):
+            ours = bridge.original_model(**inputs).logits
+            assert torch.equal(ours, shapes.original_model(**inputs).logits)
+
+
 def test_fingerprint_ignores_dtype_and_sees_weights(shapes: Any) -> None:
     half = ml.load("shapes", device="cpu", dtype=torch.bfloat16)
     assert models.identity(half) == models.identity(shapes)

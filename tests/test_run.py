@@ -10,6 +10,7 @@ from PIL import Image
 
 import miner_lens as ml
 from miner_lens import generation, kernels, models
+from tests import towers
 
 Q = "what color is the shape?"
 
@@ -401,3 +402,19 @@ def test_progress_bar_shows_the_rate(
     shown = capsys.readouterr().out
     assert "5/5" in shown
     assert "samples/s" in shown
+
+
+@pytest.mark.parametrize("model", [towers.vision_model, towers.audio_model])
+def test_only_one_position_is_projected_onto_the_vocabulary(model: Any) -> None:
+    bridge = ml.wrap(model())
+    inputs = towers.audio_inputs() if model is towers.audio_model else towers.vision_inputs()
+    seen = []
+    hf_model = bridge.original_model
+    handle = hf_model.register_forward_hook(lambda m, a, out: seen.append(out.logits.shape))
+    masks = bridge.modality_layout or models.layout(bridge)
+    pair = (inputs, masks.masks(inputs["input_ids"], inputs["attention_mask"]))
+    ml.mine(bridge, [pair], progress=False)
+    handle.remove()
+    assert seen == [(3, 1, 100)]
+    with torch.no_grad():
+        assert hf_model(**inputs).logits.shape == (*inputs["input_ids"].shape, 100)
