@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from miner_lens import kernels
-from miner_lens.analyzer import Hook
 from miner_lens.modality import Masks
+from miner_lens.protocol import Hook
 from miner_lens.sites import Decoder, Tower
 
 NO_ROTATED = (

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 
@@ -25,22 +25,11 @@ from miner_lens.distributed import RankError, Ranks
 from miner_lens.generation import Inputs
 from miner_lens.models import hf_model_of
 from miner_lens.progress import Bar
+from miner_lens.protocol import Analyzer, CountsSkipped
 from miner_lens.sample import SampleError
 from miner_lens.shares import OtherDataError, Share
 
-if TYPE_CHECKING:
-    from miner_lens.analyzer import Analyzer
-
 OnError = Literal["raise", "skip"]
-
-
-@runtime_checkable
-class CountsSkipped(Protocol):
-    """An analyzer that keeps count of the samples that `run` skipped."""
-
-    def skip(self, samples: int) -> None:
-        """Count samples that could not be used."""
-        ...
 
 
 @dataclass
