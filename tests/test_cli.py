@@ -83,15 +83,18 @@ def test_results_are_not_lost_or_mixed(tmp_path: Path) -> None:
     assert "error:" in call("demo", "--out", tmp_path / "demo", "--samples", 0, code=2)
 
 
-def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("organism", "medium"), [("shapes", "image"), ("speech", "audio")])
+def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "RATIOS", (0.02, 0.2))
     monkeypatch.setattr(demo, "SEEDS", (0, 1))
-    shown = call("demo", "--out", tmp_path, "--samples", 20)
-    assert "Asked about the image, switching off" in " ".join(shown.split())
-    table = pd.read_csv(tmp_path / "accuracy.csv")
+    shown = call("demo", "--out", tmp_path, "--samples", 20, "--organism", organism)
+    assert f"Asked about the {medium}, switching off" in " ".join(shown.split())
+    assert [path.name for path in tmp_path.iterdir()] == [organism]
+    out = tmp_path / organism
+    table = pd.read_csv(out / "accuracy.csv")
     conditions = {
         "nothing",
-        "image",
+        medium,
         "text",
         "special",
         "all MSNs",
@@ -99,17 +102,26 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "random, as all MSNs",
     }
     assert set(table["off"]) == conditions
-    assert set(table["input"]) == {"image", "text"}
+    assert set(table["input"]) == {medium, "text"}
     assert len(table) == 2 * (1 + 2 * 6)
     assert table["accuracy"].between(0, 1).all()
     random = table["off"].str.startswith("random")
     assert table.loc[random, "spread"].notna().all()
     assert table.loc[~random, "spread"].isna().all()
     sizes = table[table["ratio"] == 0.2].groupby("off")["neurons"].first()
-    assert sizes["random, as one modality"] == sizes["image"] == sizes["text"]
+    assert sizes["random, as one modality"] == sizes[medium] == sizes["text"]
     assert sizes["random, as all MSNs"] == sizes["all MSNs"]
     for name in ("accuracy", "neurons"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    loaded = ml.NeuronSet.load(tmp_path / "neurons-image.safetensors")
-    scores = ml.ImportanceScores.load(tmp_path / "scores.safetensors")
-    assert loaded == scores.select(0.02)["image"]
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    loaded = ml.NeuronSet.load(out / f"neurons-{medium}.safetensors")
+    scores = ml.ImportanceScores.load(out / "scores.safetensors")
+    assert loaded == scores.select(0.02)[medium]
+
+
+def test_demo_shows_every_organism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, Path]] = []
+    monkeypatch.setattr(demo, "run_demo", lambda name, out, samples: shown.append((name, out)))
+    call("demo", "--out", tmp_path)
+    assert shown == [(name, tmp_path / name) for name in ml.organisms.names()]
+    monkeypatch.undo()
+    assert "no organism 'tastes'" in call("demo", "--organism", "tastes", code=2)

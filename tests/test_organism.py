@@ -1,4 +1,4 @@
-"""The shipped checkpoint: loads as any other, fits its size, and answers easy-VQA."""
+"""The checkpoint `shapes`: loads as any other, fits its size, and answers easy-VQA."""
 
 import re
 from collections import defaultdict
@@ -57,7 +57,7 @@ def answer(model, processor, messages):
 
 
 def test_names_and_path():
-    assert organisms.names() == ("shapes",)
+    assert organisms.names() == ("shapes", "speech")
     assert organisms.path("shapes") == FOLDER
     with pytest.raises(ValueError, match=re.escape("Unknown organism 'forms'; this installation")):
         organisms.path("forms")

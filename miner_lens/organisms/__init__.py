@@ -21,7 +21,9 @@ def path(name: str) -> Path:
     """Folder of a shipped checkpoint, as Hugging Face's `from_pretrained` takes it.
 
     `shapes` is a Qwen2-VL of 1.8 M parameters that answers easy-VQA's questions about an
-    image of one coloured shape, or about a sentence that describes it.
+    image of one coloured shape, or about a sentence that describes it. `speech` is a
+    Qwen2-Audio of 1.6 M parameters that answers questions about one coloured shape that
+    somebody describes, aloud or in writing.
 
     Raises:
         ValueError: No organism of that name ships with this installation.

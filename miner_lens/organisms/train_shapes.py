@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +16,19 @@ import easy_vqa
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from miner_lens.datasets import COLOURS, DESCRIPTIONS, SHAPES, describe, load, scene
+from miner_lens.organisms.training import descend, kind_of, log, make_tokenizer, schedule
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -76,31 +73,6 @@ NEGATIONS = {"not", "no"}
 
 def make_processor(texts: Iterable[str]) -> Qwen2VLProcessor:
     """A Qwen2-VL processor for pictures of 4,096 pixels, its tokenizer trained on `texts`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:]),
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
     vision: dict[str, Any] = {
         "patch_size": PATCH,
         "merge_size": MERGE,
@@ -109,7 +81,7 @@ def make_processor(texts: Iterable[str]) -> Qwen2VLProcessor:
     }
     return Qwen2VLProcessor(  # type: ignore[no-untyped-call]
         image_processor=Qwen2VLImageProcessor(**vision),
-        tokenizer=fast,
+        tokenizer=make_tokenizer(texts, SPECIAL_TOKENS),
         video_processor=Qwen2VLVideoProcessor(**vision, cap_pixels_per_frame=False),
         chat_template=CHAT_TEMPLATE,
     )
@@ -324,22 +296,6 @@ class Prompts:
         return self.model.lm_head(hidden), labels
 
 
-def schedule(steps: int, peak: float, warmup: int) -> Iterator[float]:
-    """Learning rates: a linear rise, then half a cosine down."""
-    for step in range(steps):
-        yield peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """One optimizer step at a learning rate, which a parameter group may scale."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-    optimizer.step()
-
-
 def train_vision(
     model: Qwen2VLForConditionalGeneration,
     pictures: Pictures,
@@ -422,11 +378,6 @@ def train_decoder(
             recent.clear()
 
 
-def log(start: float, line: str) -> None:
-    """Print a line with the seconds since `start`."""
-    print(f"{time.time() - start:6.0f} s  {line}", flush=True)
-
-
 def test_scenes(pictures: Pictures) -> tuple[dict[str, int], Scenes]:
     """The test images, by path, as the processor sees them."""
     paths = [path for _, path in sorted(easy_vqa.get_test_image_paths().items())]
@@ -470,11 +421,6 @@ def evaluate(
             for answer, hit in zip(answers, hits.tolist(), strict=True):
                 right[ask, kind_of(answer)].append(hit)
     return {key: sum(hits) / len(hits) for key, hits in right.items()}
-
-
-def kind_of(answer: str) -> str:
-    """The two kinds of questions, told by their answers."""
-    return "yes/no" if answer in ("yes", "no") else "open"
 
 
 def prior() -> Accuracies:
