@@ -4,7 +4,9 @@
 
 Prints JSON: seconds per sample and resident memory by hundreds of samples, and how much the fitted
 line rises over the whole run. The first hundred, in which caches fill, is left out of the fit. Both
-wall-clock and CPU seconds are given; other work on the machine disturbs the latter less.
+wall-clock and CPU seconds are given; other work on the machine disturbs the latter less. As a
+machine's speed drifts, a few plain forward passes of one prompt are timed at each hundred, and the
+time per sample is also given as a multiple of theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 
 import miner_lens as ml
 
-EVERY = 100
+EVERY, PLAIN = 100, 20
 
 
 def measure(samples: int, batch_size: Any) -> dict[str, Any]:
@@ -33,18 +35,31 @@ def measure(samples: int, batch_size: Any) -> dict[str, Any]:
     times: list[float] = []
     cpu: list[float] = []
     memory: list[float] = []
+    plain: list[float] = []
+    prompt = ml.inputs(model, data[0].messages)
+    lost = lost_cpu = 0.0
 
     def noting() -> Iterator[ml.Sample]:
+        nonlocal lost, lost_cpu
         for index, sample in enumerate(data):
             if index % EVERY == 0:
-                times.append(time.perf_counter())
-                cpu.append(time.process_time())
+                times.append(time.perf_counter() - lost)
+                cpu.append(time.process_time() - lost_cpu)
                 memory.append(process.memory_info().rss / 1e6)
+                before, before_cpu = time.perf_counter(), time.process_time()
+                with torch.no_grad():
+                    for _ in range(PLAIN):
+                        model(**prompt)
+                plain.append((time.perf_counter() - before) / PLAIN)
+                lost += time.perf_counter() - before
+                lost_cpu += time.process_time() - before_cpu
             yield sample
 
     ml.mine(model, noting(), batch_size=batch_size, progress=False)
     per_sample = [(b - a) / EVERY for a, b in pairwise(times)]
     cpu_per_sample = [(b - a) / EVERY for a, b in pairwise(cpu)]
+    speeds = [(a + b) / 2 for a, b in pairwise(plain)]
+    by_plain = [seconds / speed for seconds, speed in zip(per_sample, speeds, strict=True)]
     return {
         "samples": len(data),
         "batch_size": batch_size,
@@ -56,6 +71,9 @@ def measure(samples: int, batch_size: Any) -> dict[str, Any]:
         "rise_of_time_over_the_run": rise(per_sample[1:]) / statistics.median(per_sample),
         "rise_of_cpu_time_over_the_run": rise(cpu_per_sample[1:])
         / statistics.median(cpu_per_sample),
+        "rise_of_plain_time_over_the_run": rise(speeds[1:]) / statistics.median(speeds),
+        "rise_of_time_in_plain_passes_over_the_run": rise(by_plain[1:])
+        / statistics.median(by_plain),
         "rise_of_memory_over_the_run_mb": rise(memory[1:]),
     }
 

@@ -6,7 +6,8 @@ Positions in no mask (padding) have no part in any result, but must be finite.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -223,6 +224,7 @@ def statistics(
     x: Float[Tensor, "batch pos neuron"],
     sums: Float[Tensor, "batch direction modality pos"],
     masks: Bool[Tensor, "batch modality pos"],
+    parts: Sequence[tuple[int, ...]] | None = None,
 ) -> Float[Tensor, "batch metric modality neuron"]:
     """The five metrics before normalisation, in the order of `METRICS`, in one pass over `x`.
 
@@ -233,6 +235,8 @@ def statistics(
         x: Output of the MLP's activation function, any float type.
         sums: What `attention_sums` or `fused_attention_sums` returns.
         masks: Which positions belong to which modality.
+        parts: For each modality, those that it is made of without overlap, or itself alone:
+            prob, mean and max of `special_text` follow from those of `text` and `special`.
 
     Example:
         >>> x = torch.tensor([[[1.0, -2.0], [3.0, -4.0]]])
@@ -247,11 +251,15 @@ def statistics(
     x = x.detach()
     batch, pos, neurons = x.shape
     modalities = masks.shape[1]
-    inside = masks.float()
+    if parts is None:
+        parts = [(modality,) for modality in range(modalities)]
+    places = {part: place for place, part in enumerate(sorted({p for own in parts for p in own}))}
+    base = torch.stack([masks[:, part] for part in places], 1)
+    inside = base.float()
     weights = torch.cat([inside, sums.flatten(1, 2)], 1)
-    products = inside.new_zeros(batch, 3 * modalities, neurons)
-    counts = inside.new_zeros(batch, modalities, neurons)
-    peaks = x.new_full((batch, modalities, neurons), -torch.inf)
+    products = inside.new_zeros(batch, weights.shape[1], neurons)
+    counts = inside.new_zeros(batch, len(places), neurons)
+    peaks = x.new_full((batch, len(places), neurons), -torch.inf)
     positive = inside.new_empty(0)
     for start, stop in _chunks(pos, batch * neurons, x.device):
         chunk = x[:, start:stop]
@@ -260,11 +268,19 @@ def statistics(
         torch.gt(chunk, 0, out=positive)
         counts.baddbmm_(inside[:, :, start:stop], positive)
         products.baddbmm_(weights[:, :, start:stop], chunk.float())
-        peaks = torch.maximum(peaks, _maxima(chunk, masks[:, :, start:stop], x.is_cpu))
+        peaks = torch.maximum(peaks, _maxima(chunk, base[:, :, start:stop], x.is_cpu))
+    sections = [len(places), modalities, modalities]
+    total, attn_k, attn_q = torch.split(products, sections, 1)
+
+    def whole(values: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        joined = [reduce(join, [values[:, places[part]] for part in own]) for own in parts]
+        return torch.stack(joined, 1)
+
     sizes = masks.sum(-1)[:, None, :, None]
-    mean, attn_k, attn_q = products.view(batch, 3, modalities, neurons).unbind(1)
     tokens = sizes[:, 0].clamp(min=1)
-    raw = torch.stack([counts / tokens, mean / tokens, peaks.float(), attn_k, attn_q], 1)
+    prob, mean = (whole(values, torch.add) / tokens for values in (counts, total))
+    highest = whole(peaks, torch.maximum).float()
+    raw = torch.stack([prob, mean, highest, attn_k, attn_q], 1)
     return torch.where(sizes > 0, raw, 0.0)
 
 

@@ -14,6 +14,12 @@ from torch import Tensor
 MODALITIES = ("text", "special", "special_text", "image", "video", "audio", "prompt")
 ENTRY_POINTS = "miner_lens.modalities"
 
+# Modalities that are others put together, which never overlap.
+UNIONS = {
+    "special_text": ("text", "special"),
+    "prompt": ("text", "special", "image", "video", "audio"),
+}
+
 Masks = dict[str, Bool[Tensor, "batch pos"]]
 
 
@@ -63,6 +69,29 @@ class ModalityLayout:
             text = text & ~mask
         masks = {"text": text, "special": special, "special_text": text | special}
         return masks | media | {"prompt": real}
+
+
+def parts_of(masks: Masks) -> list[tuple[int, ...]]:
+    """For each mask the places of those that it is made of without overlap, or its own.
+
+    Masks may be anybody's, so whether a modality is made of its parts is looked up; this waits
+    for a device once for each of `UNIONS`.
+
+    Example:
+        >>> text, special = torch.tensor([[True, False]]), torch.tensor([[False, True]])
+        >>> parts_of({"text": text, "special": special, "special_text": text | special})
+        [(0,), (1,), (0, 1)]
+    """
+    names = list(masks)
+    result = []
+    for place, (name, mask) in enumerate(masks.items()):
+        parts = [part for part in UNIONS.get(name, ()) if part in masks]
+        made_of = sum(
+            (masks[part].int() for part in parts), torch.zeros_like(mask, dtype=torch.int)
+        )
+        fits = bool(parts) and torch.equal(made_of, mask.int())
+        result.append(tuple(map(names.index, parts)) if fits else (place,))
+    return result
 
 
 def layout_for(architecture: str, config: Any, tokenizer: Any = None) -> ModalityLayout | None:

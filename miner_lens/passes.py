@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from miner_lens import kernels
-from miner_lens.modality import Masks
+from miner_lens.modality import Masks, parts_of
 from miner_lens.protocol import Hook
 from miner_lens.sites import Decoder, Tower
 
@@ -70,6 +70,7 @@ class PromptPass(Pass):
         super().__init__()
         self.modalities = tuple(masks)
         self.masks = torch.stack(list(masks.values()), dim=1) if masks else torch.empty(0)
+        self.parts = parts_of(masks)
         # Where nothing is padded there is nothing to mask. Asked once a pass, not in every layer.
         self.padding = None if bool(real.all()) else real
         self._query: Tensor | None = None
@@ -117,7 +118,7 @@ class PromptPass(Pass):
         if self._sums is None:
             raise RuntimeError(NO_ROTATED)
         masks = self.masks.to(x.device)
-        raw = kernels.statistics(x, self._sums.to(x.device), masks)
+        raw = kernels.statistics(x, self._sums.to(x.device), masks, self.parts)
         self._sums = None
         scores = kernels.normalise(raw, masks)
         self.finite.append(scores.isfinite().all(dim=(1, 2, 3)))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from miner_lens import kernels
+from miner_lens.modality import parts_of
 from tests.reference import load
 
 few = settings(max_examples=20, deadline=None)
@@ -172,6 +173,32 @@ def test_segments_attend_only_to_themselves(
         )
         fused = kernels.fused_attention_sums(q, k, masks, segments=segments)
     torch.testing.assert_close(fused, kernels.attention_sums(pattern, masks), atol=1e-5, rtol=1e-5)
+
+
+@few
+@given(shapes, st.integers(1, 9))
+def test_modalities_follow_from_their_parts(shape: tuple[int, ...], rows: int) -> None:
+    x, q, k, masks = layer(*shape)
+    base = torch.stack([masks[:, 0], ~masks[:, 0] & (q[:, 0, :, 0] > 0)], 1)
+    both = torch.cat([base.any(1, keepdim=True), base], 1)
+    sums = kernels.fused_attention_sums(q, k, both)
+    expected = kernels.statistics(x, sums, both)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
+        )
+        derived = kernels.statistics(x, sums, both, [(1, 2), (1,), (2,)])
+    torch.testing.assert_close(derived, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_parts_are_looked_up() -> None:
+    text, special = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
+    masks = {"special_text": text | special, "text": text, "special": special}
+    assert parts_of(masks) == [(1, 2), (1,), (2,)]
+    # Not with somebody's own masks, where the whole is more than the parts, or they overlap.
+    assert parts_of(masks | {"special_text": ~text & ~special})[0] == (0,)
+    assert parts_of(masks | {"special": text | special})[0] == (0,)
+    assert parts_of({"prompt": text}) == [(0,)]
 
 
 def test_chunks_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
