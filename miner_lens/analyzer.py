@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,15 @@ def run(
     way = batching(batch_size, model)
     items = Items(data, limit)
     keeper = None
-    with joined(_advice(checkpoint)) as ranks:
+    with joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
         past = Past.none(ranks.world)
         settings = partial(_settings, model, analyzers, batch_size, on_error)
         if ranks.world > 1:
             _require_same(ranks, settings(), items)
         if checkpoint is not None:
             keeper = Checkpoint(checkpoint, checkpoint_every, checkpoint_every_samples, settings())
+            if ranks.rank == 0:
+                stack.enter_context(keeper.reserved())
             found = keeper.past(ranks.world).to_dict() if ranks.rank == 0 else None
             past = Past.from_dict(ranks.share(found))
         record = past.record(ranks.rank)

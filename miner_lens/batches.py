@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from miner_lens.generation import Inputs, input_device, prepare_inputs, render, to_device
+from miner_lens.generation import Inputs, input_device, render, to_device
 from miner_lens.modality import Masks
 from miner_lens.models import layout
 from miner_lens.sample import Sample, SampleError
 
 BatchSize = int | Literal["auto"]
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 # Batches by length are packed from so many consecutive samples: enough to find company of the same
 # length, few enough to hold opened images of.
@@ -85,6 +89,19 @@ class Entry:
         return repr(sorted((name, _row(value, ids)) for name, value in self.inputs.items()))
 
 
+@dataclass
+class Arranged:
+    """Entries in the order in which they will be run, with what was prepared of them.
+
+    Attributes:
+        pending: The entries.
+        ready: Inputs, on the CPU, of those that go together, by their places in the data.
+    """
+
+    pending: list[Entry]
+    ready: dict[tuple[int, ...], Inputs] = field(default_factory=dict)
+
+
 class FixedSize:
     """So many consecutive samples in a pass; a prepared pair is a pass by itself."""
 
@@ -93,9 +110,18 @@ class FixedSize:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def arrange(self, model: Any, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries in the order in which they will be run."""
-        return list(entries)
+    def arrange(self, model: Any, entries: Sequence[Entry]) -> Arranged:
+        """Prepare those together that will be run together."""
+        arranged = Arranged(list(entries))
+        left = arranged.pending
+        while left:
+            group = left[: self.take(left)]
+            left = left[len(group) :]
+            if isinstance(group[0].item, Sample):
+                # One that fails is tried again when its turn comes, and raised or skipped there.
+                with suppress(SampleError):
+                    arranged.ready[_places(group)] = _render(model, group)
+        return arranged
 
     def take(self, pending: Sequence[Entry]) -> int:
         """How many of the next entries go into one pass."""
@@ -124,16 +150,17 @@ class ByLength:
     def __init__(self, limit: int) -> None:
         self.limit: int | None = limit
 
-    def arrange(self, model: Any, entries: Sequence[Entry]) -> list[Entry]:
+    def arrange(self, model: Any, entries: Sequence[Entry]) -> Arranged:
         """Prepare each sample by itself, and put those of a kind and of a length side by side."""
         prepared = [self._prepare(model, entry) for entry in entries]
-        return sorted(prepared, key=lambda entry: (entry.kind, -entry.tokens, entry.index))
+        prepared.sort(key=lambda entry: (entry.kind, -entry.tokens, entry.index))
+        return Arranged(prepared)
 
     def _prepare(self, model: Any, entry: Entry) -> Entry:
         if not isinstance(entry.item, Sample):
             return entry
         try:
-            return Entry(entry.index, entry.item, render(model, [entry.item.messages]))
+            return Entry(entry.index, entry.item, _render(model, [entry]))
         except SampleError:
             # It is tried again by itself, where the error is raised or the sample skipped.
             return entry
@@ -162,6 +189,36 @@ class ByLength:
         return True
 
 
+def ahead(
+    items: Iterable[Item], prepare: Callable[[Item], Made]
+) -> Generator[tuple[Item, Made], None, None]:
+    """Each item with what `prepare` makes of it, made while the item before it is being used.
+
+    Items are taken by the caller's thread, one ahead; `prepare` runs in a thread of its own. What
+    either raises is raised when its turn comes, after the items before it.
+
+    Example:
+        >>> list(ahead("ab", str.upper))
+        [('a', 'A'), ('b', 'B')]
+    """
+    source = iter(items)
+    waiting: tuple[Item, Future[Made]] | None = None
+    end: Exception | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="miner-lens-prepare") as pool:
+        while end is None:
+            upcoming = None
+            try:
+                item = next(source)
+                upcoming = item, pool.submit(prepare, item)
+            except Exception as error:
+                end = error
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = upcoming
+    if not isinstance(end, StopIteration):
+        raise end
+
+
 def batching(batch_size: BatchSize, model: Any) -> FixedSize | ByLength:
     """The way of making batches that `run(batch_size=...)` asks for."""
     if batch_size == "auto":
@@ -185,8 +242,15 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def make_batch(model: Any, group: Sequence[Entry]) -> Batch:
+def make_batch(
+    model: Any, group: Sequence[Entry], ready: dict[tuple[int, ...], Inputs] | None = None
+) -> Batch:
     """What the model is given for some samples, or for one prepared pair.
+
+    Args:
+        model: A bridge with a processor.
+        group: Samples, or one pair.
+        ready: Inputs that were prepared before, by the samples' places; used up.
 
     Raises:
         SampleError: A sample cannot be read.
@@ -199,14 +263,26 @@ def make_batch(model: Any, group: Sequence[Entry]) -> Batch:
     apart = [entry.inputs for entry in group if entry.inputs is not None]
     if len(apart) == len(group):
         tokenizer = getattr(model.processor, "tokenizer", model.processor)
-        inputs = to_device(put_together(apart, tokenizer.pad_token_id or 0), input_device(model))
+        inputs = put_together(apart, tokenizer.pad_token_id or 0)
     else:
-        try:
-            inputs = prepare_inputs(model, [entry.item.messages for entry in group])
-        except SampleError as error:
-            raise SampleError(f"{', '.join(ids)}: {error}") from error
+        known = {} if ready is None else ready
+        places = _places(group)
+        inputs = known.pop(places) if places in known else _render(model, group)
+    inputs = to_device(inputs, input_device(model))
     masks = layout(model).masks(inputs["input_ids"], inputs.get("attention_mask"))
     return Batch(inputs, masks, ids)
+
+
+def _places(group: Sequence[Entry]) -> tuple[int, ...]:
+    return tuple(entry.index for entry in group)
+
+
+def _render(model: Any, group: Sequence[Entry]) -> Inputs:
+    try:
+        return render(model, [entry.item.messages for entry in group])
+    except SampleError as error:
+        names = ", ".join(entry.name for entry in group)
+        raise SampleError(f"{names}: {error}") from error
 
 
 def put_together(apart: Sequence[Inputs], pad: int) -> Inputs:

@@ -6,16 +6,19 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from miner_lens import files
 from miner_lens.shares import Digest, Leg
 
 KIND = "run"
+LOCK = ".lock"
 NAME = "leg-{leg}.rank-{rank}-of-{world}.{slot}.safetensors"
 PATTERN = re.compile(r"leg-(\d+)\.rank-(\d+)-of-(\d+)\.(\d)\.safetensors")
 
@@ -81,7 +84,7 @@ class Past:
         legs: All legs; the last is to be continued.
         records: Of the last leg, by rank; None where a rank has written nothing.
         names: The files of the last leg's records.
-        earlier: The files of earlier legs.
+        earlier: The files of earlier legs, each with how many items its record covers.
         items: Items done before.
         skipped: How many of them could not be used.
         digest: Which items they were.
@@ -91,7 +94,7 @@ class Past:
     legs: list[Leg]
     records: list[Record | None]
     names: list[str]
-    earlier: list[str]
+    earlier: list[tuple[str, int]]
     items: int
     skipped: int
     digest: Digest
@@ -118,6 +121,7 @@ class Past:
             | {
                 "legs": [Leg.from_list(leg) for leg in saved["legs"]],
                 "records": [record and Record.from_dict(record) for record in saved["records"]],
+                "earlier": [(name, items) for name, items in saved["earlier"]],
                 "digest": Digest(saved["digest"]),
             }
         )
@@ -165,6 +169,27 @@ class Checkpoint:
         self._written = time.monotonic()
         self._items = 0
 
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keep the folder from other runs; rank 0 does this for all. A killed process lets go.
+
+        Raises:
+            ValueError: Another run is using it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"Another run is using {self.folder}. Wait for it, or give another folder. (If "
+                f"there is none, its host may have died: remove {self.folder / LOCK}.)"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def past(self, world: int) -> Past:
         """Read what the folder tells, to continue with so many ranks. Rank 0 does this for all.
 
@@ -206,7 +231,7 @@ class Checkpoint:
             legs,
             records,
             names,
-            [one.name for one in earlier],
+            [(one.name, one.record.items) for one in earlier],
             sum(one.record.items for one in all_kept),
             sum(one.record.skipped for one in all_kept),
             sum((one.record.digest for one in all_kept), Digest()),
@@ -216,16 +241,28 @@ class Checkpoint:
     def restore(self, name: str, record: Record, analyzers: Sequence[Any]) -> None:
         """Put a file's states into the analyzers, to continue its record."""
         self._items = record.items
-        for analyzer, state in zip(analyzers, self._states(name, len(analyzers)), strict=True):
+        for analyzer, state in zip(
+            analyzers, self._states(name, len(analyzers), record.items), strict=True
+        ):
             analyzer.restore(state)
 
     def earlier(self, past: Past, analyzers: int) -> Iterator[list[dict[str, Tensor]]]:
-        """The states of each file of the earlier legs, one for each analyzer."""
-        for name in past.earlier:
-            yield self._states(name, analyzers)
+        """The states of each file of the earlier legs, one for each analyzer.
 
-    def _states(self, name: str, analyzers: int) -> list[dict[str, Tensor]]:
-        tensors, _ = files.read(self.folder / name, KIND)
+        Raises:
+            ValueError: A file has changed since `past` read it.
+        """
+        for name, items in past.earlier:
+            yield self._states(name, analyzers, items)
+
+    def _states(self, name: str, analyzers: int, items: int) -> list[dict[str, Tensor]]:
+        tensors, metadata = files.read(self.folder / name, KIND)
+        if metadata["items"] != items:
+            # Merged with what was computed since, some samples would count twice.
+            raise ValueError(
+                f"{self.folder / name} was written by another process while this run was going on: "
+                f"it covers {metadata['items']} samples, not {items}. Start this run again, alone."
+            )
         return [
             {
                 key.removeprefix(f"{index}/"): tensor

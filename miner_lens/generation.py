@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from miner_lens.models import hf_model_of, is_bridge
 from miner_lens.sample import Message, SampleError
 
 Inputs = dict[str, Any]
+
+# `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
+_rendering = threading.Lock()
 
 
 def prepare_inputs(
@@ -37,19 +41,20 @@ def render(
             "This model has no processor, so it cannot read messages. Set model.processor "
             "(ml.load does), or pass prepared model inputs."
         )
-    opened = [load_media(messages, processor) for messages in conversations]
-    try:
-        batch = processor.apply_chat_template(
-            opened,
-            tokenize=True,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        # Such as a text that spells out more placeholders than there are media.
-        raise SampleError(f"The processor cannot read this conversation: {error}") from error
+    with _rendering:
+        opened = [load_media(messages, processor) for messages in conversations]
+        try:
+            batch = processor.apply_chat_template(
+                opened,
+                tokenize=True,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            # Such as a text that spells out more placeholders than there are media.
+            raise SampleError(f"The processor cannot read this conversation: {error}") from error
     return dict(batch)
 
 

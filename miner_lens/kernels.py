@@ -153,7 +153,6 @@ def attention_sums(
                 [1., 1., 0.]])
     """
     # Attention lies in [0, 1], so exp cannot overflow and one exp serves every modality.
-    # Attention lies in [0, 1], so exp cannot overflow and one exp serves every modality.
     e = attention.detach().float().exp()
     inside = masks.float()
     over_query = (inside @ e).clamp(min=1)  # at least 1 wherever a modality has a token

@@ -217,8 +217,8 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
 
     The fingerprint hashes some thousand weights of the site and of the embedding, rounded to
     bfloat16, so that float32 and bfloat16 copies of a checkpoint have the same; float16 rounds
-    once more and may have another. It is None where weights cannot be read (meta device,
-    offloaded or packed by quantization).
+    once more and may have another. Offloaded weights are read from where they are. It is None
+    where weights cannot be read (on the meta device, or packed by quantization).
 
     Raises:
         ValueError: The model has no such site.
@@ -237,8 +237,8 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
 
 def _fingerprint(hf_model: Any, mlps: Sequence[MLP]) -> str | None:
     layers = sorted({0, len(mlps) // 2, len(mlps) - 1})
-    weights = [w for n in layers for w in (mlps[n].before.weight, mlps[n].down.weight)]
-    weights.append(hf_model.get_input_embeddings().weight)
+    modules = [module for n in layers for module in (mlps[n].before, mlps[n].down)]
+    weights = [_weight(module) for module in (*modules, hf_model.get_input_embeddings())]
     if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
         return None
     digest = hashlib.sha256()
@@ -247,6 +247,15 @@ def _fingerprint(hf_model: Any, mlps: Sequence[MLP]) -> str | None:
         sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16)
         digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _weight(module: Any) -> Tensor:
+    """A module's weight, also where accelerate has offloaded it to memory or disk."""
+    weight: Tensor = module.weight
+    if weight.is_meta:
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        return weight if offloaded is None else offloaded["weight"]
+    return weight
 
 
 def layout(model: Any) -> ModalityLayout:

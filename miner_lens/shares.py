@@ -238,7 +238,7 @@ class Share:
     @property
     def checked(self) -> bool:
         """Whether all that was done before has been passed over, and was the same data."""
-        return self._passed == self._total
+        return self._passed == self._total and self._alike()
 
     def __iter__(self) -> Iterator[Unit]:
         """This rank's units.
@@ -253,7 +253,7 @@ class Share:
             done = range(start, start + size) if owner is None else {start + one for one in part}
             wanted = self._wanted(done, owner == self._rank)
             there, found = self._items.read(start, start + size, wanted)
-            if not self.checked:
+            if self._passed < self._total:
                 self._pass_over(
                     sum(index < start + there for index in done),
                     {index: item for index, item in found.items() if index in done},
@@ -264,14 +264,14 @@ class Share:
                 yield Unit(unit, start, full)
             if not full:
                 break
-        if not self.checked:
+        if self._passed < self._total:
             raise OtherDataError(
                 f"{self._total} items were done before, but only {self._passed} of them are there "
                 "now."
             )
 
     def _wanted(self, done: Container[int], mine: bool) -> Callable[[int], bool]:
-        step, checking = 1 << self._level, not self.checked
+        step, checking = 1 << self._level, self._passed < self._total
 
         def wanted(index: int) -> bool:
             if index in done:
@@ -287,5 +287,8 @@ class Share:
         self._check()
 
     def _check(self) -> None:
-        if self.checked and self._digest.levels[self._level] != self._expected.levels[self._level]:
+        if self._passed == self._total and not self._alike():
             raise OtherDataError(f"the {self._total} items done before differ from the ones now.")
+
+    def _alike(self) -> bool:
+        return self._digest.levels[self._level] == self._expected.levels[self._level]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +12,12 @@ import torch
 
 from miner_lens import attention
 from miner_lens.batches import (
+    Arranged,
     Batch,
     ByLength,
     Entry,
     FixedSize,
+    ahead,
     free_memory,
     is_out_of_memory,
     make_batch,
@@ -27,7 +29,7 @@ from miner_lens.models import hf_model_of
 from miner_lens.progress import Bar
 from miner_lens.protocol import Analyzer, CountsSkipped
 from miner_lens.sample import SampleError
-from miner_lens.shares import OtherDataError, Share
+from miner_lens.shares import OtherDataError, Share, Unit
 
 OnError = Literal["raise", "skip"]
 
@@ -66,18 +68,9 @@ class Work:
         record = self.record
         self._show()
         try:
-            for unit in share:
-                if unit.full and not unit.items:
-                    record.complete()
-                entries = [Entry(index, item) for index, item in unit.items.items()]
-                for group, failures, left in self.passes(entries):
-                    record.note({entry.index: entry.item for entry in group}, failures, unit.start)
-                    record.limit = self.way.limit
-                    if unit.full and not left:
-                        record.complete()
-                    if self.keeper is not None and share.checked and self.keeper.is_due(record):
-                        self.keeper.write(record, self.analyzers)
-                    self._show()
+            with closing(ahead(share, self._arrange)) as units:
+                for unit, arranged in units:
+                    self._run_unit(unit, arranged, share)
         except OtherDataError as error:
             assert self.keeper is not None
             raise ValueError(
@@ -97,21 +90,39 @@ class Work:
         self.bar.show(seen, skipped)
         return seen, skipped
 
+    def _arrange(self, unit: Unit) -> Arranged:
+        """What can be done for a unit while the model is busy with the one before."""
+        entries = [Entry(index, item) for index, item in unit.items.items()]
+        return self.way.arrange(self.model, entries)
+
+    def _run_unit(self, unit: Unit, arranged: Arranged, share: Share) -> None:
+        record = self.record
+        if unit.full and not unit.items:
+            record.complete()
+        for group, failures, left in self.passes(arranged):
+            record.note({entry.index: entry.item for entry in group}, failures, unit.start)
+            record.limit = self.way.limit
+            if unit.full and not left:
+                record.complete()
+            if self.keeper is not None and share.checked and self.keeper.is_due(record):
+                self.keeper.write(record, self.analyzers)
+            self._show()
+
     def _show(self) -> None:
         record, (items, skipped) = self.record, self._restored
         fresh = self.ranks.progress(record.items - items, record.skipped - skipped)
         self.bar.show(self.past.items + fresh[0], self.past.skipped + fresh[1])
 
-    def passes(self, entries: Sequence[Entry]) -> Iterator[tuple[list[Entry], int, int]]:
+    def passes(self, arranged: Arranged) -> Iterator[tuple[list[Entry], int, int]]:
         """Run some samples, as many at a time as fit.
 
         Yields:
             Those that went together, how many of them were skipped, and how many are left.
         """
-        pending = self.way.arrange(self.model, entries)
+        pending = arranged.pending
         while pending:
             group = pending[: self.way.take(pending)]
-            failures = self._attempt(group)
+            failures = self._attempt(group, arranged.ready)
             if failures is None:
                 # Not within the handler, where the error would still hold what the pass had taken.
                 free_memory()
@@ -122,14 +133,16 @@ class Work:
             pending = pending[len(group) :]
             yield group, failures, len(pending)
 
-    def _attempt(self, group: list[Entry]) -> int | None:
+    def _attempt(
+        self, group: list[Entry], ready: dict[tuple[int, ...], Inputs] | None = None
+    ) -> int | None:
         """Run a group, or its samples one by one where that fails and may.
 
         Returns:
             How many were skipped; None if memory ran out and less is to be tried.
         """
         try:
-            batch = self._read(group)
+            batch = self._read(group, ready)
         except SampleError:
             if self.on_error == "raise":
                 raise
@@ -147,8 +160,8 @@ class Work:
             analyzer.update(batch)
         return 0
 
-    def _read(self, group: list[Entry]) -> Batch:
-        batch = make_batch(self.model, group)
+    def _read(self, group: list[Entry], ready: dict[tuple[int, ...], Inputs] | None) -> Batch:
+        batch = make_batch(self.model, group, ready)
         _forward(self.model, batch, self.analyzers)
         for analyzer in self.analyzers:
             analyzer.check(batch)

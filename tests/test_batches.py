@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import miner_lens as ml
 from miner_lens import batches, generation, models
@@ -167,3 +170,62 @@ class Stop:
         self.after -= 1
         if self.after < 0:
             raise InterruptedError
+
+
+@given(
+    total=st.integers(0, 6),
+    unmade=st.none() | st.integers(0, 6),
+    unprepared=st.none() | st.integers(0, 5),
+)
+def test_ahead_gives_all_before_the_first_error(
+    total: int, unmade: int | None, unprepared: int | None
+) -> None:
+    def items() -> Any:
+        for number in range(total):
+            if number == unmade:
+                raise LookupError(f"item {number}")
+            yield number
+
+    def prepare(number: int) -> int:
+        if number == unprepared:
+            raise LookupError(f"preparing {number}")
+        return 10 * number
+
+    def result(pairs: Any) -> tuple[list[Any], str | None]:
+        got = []
+        try:
+            for pair in pairs:
+                got.append(pair)
+        except LookupError as error:
+            return got, str(error)
+        return got, None
+
+    one_by_one = ((number, prepare(number)) for number in items())
+    assert result(batches.ahead(items(), prepare)) == result(one_by_one)
+
+
+def test_samples_are_prepared_while_the_model_is_busy(
+    shapes: Any, mixed: list[ml.Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, render, data = [threading.Event() for _ in range(7)], batches.render, mixed[:6]
+    threads, passes = set(), []
+
+    def noting(model: Any, conversations: Any) -> Any:
+        threads.add(threading.current_thread())
+        place = next(n for n, one in enumerate(data) if one.messages is conversations[0])
+        asked[place].set()
+        return render(model, conversations)
+
+    def busy(*_: Any) -> None:
+        passes.append(len(passes))
+        assert len(passes) == len(data) or asked[len(passes)].wait(30)
+
+    monkeypatch.setattr(batches, "render", noting)
+    handle = shapes.original_model.register_forward_pre_hook(busy)
+    try:
+        mine(shapes, data)
+    finally:
+        handle.remove()
+    assert len(passes) == len(data)
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)

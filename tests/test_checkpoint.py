@@ -15,7 +15,7 @@ import torch
 
 import miner_lens as ml
 from miner_lens import files
-from miner_lens.checkpoint import KIND, NAME, Checkpoint, Past
+from miner_lens.checkpoint import KIND, LOCK, NAME, Checkpoint, Past
 from miner_lens.shares import Leg, deal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,19 +33,21 @@ from tests.test_checkpoint import items_in, same
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
 model = ml.load("shapes", device="cpu")
 data = ml.datasets.load("easy-vqa", limit=60, ask="both")
-taken = mmap.mmap(-1, 8)
+begun = mmap.mmap(-1, 8)  # how many samples the model was given in this process
 
 
-def counting():
-    for number, sample in enumerate(data, 1):
-        taken[:] = number.to_bytes(8, "little")
-        yield sample
+def count(module, args, inputs):
+    rows = len(inputs["input_ids"])
+    begun[:] = (int.from_bytes(begun[:], "little") + rows).to_bytes(8, "little")
+
+
+model.original_model.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def run(folder, batch_size, samples):
     every = 0.0 if samples is None else 1000.0
     return ml.run(
-        model, counting(), ml.ImportanceAnalyzer(), batch_size=batch_size, progress=False,
+        model, iter(data), ml.ImportanceAnalyzer(), batch_size=batch_size, progress=False,
         checkpoint=folder, checkpoint_every=every, checkpoint_every_samples=samples,
     )
 
@@ -68,7 +70,7 @@ for number, (batch_size, samples, allowed) in enumerate(settings):
     while report["kills"] < share or not finished:
         if finished:  # before it was killed often enough
             folder, before = out / f"run-{number}-{report['kills']}", 0
-        taken[:] = bytes(8)
+        begun[:] = bytes(8)
         child = os.fork()
         if child == 0:
             run(folder, batch_size, samples).save(folder / "scores.safetensors")
@@ -87,7 +89,7 @@ for number, (batch_size, samples, allowed) in enumerate(settings):
         assert status == signal.SIGKILL, status
         report["kills"] += 1
         report["resumed"] += before > 0
-        kept, reached = items_in(folder), int.from_bytes(taken[:], "little")
+        kept, reached = items_in(folder), before + int.from_bytes(begun[:], "little")
         assert kept >= before, (kept, before)
         assert kept >= reached - allowed, (kept, reached)
         report["lost"].append(max(0, reached - kept))
@@ -114,8 +116,12 @@ def items_in(folder: Path) -> int:
     """How many samples the newest file in a folder covers."""
     if not folder.exists():
         return 0
-    paths = [path for path in folder.iterdir() if path.name.startswith("leg-")]
-    return max((files.read(path, KIND)[1]["items"] for path in paths), default=0)
+    return max((files.read(path, KIND)[1]["items"] for path in written(folder)), default=0)
+
+
+def written(folder: Path) -> list[Path]:
+    """The finished files, without the lock."""
+    return list(folder.glob("leg-*"))
 
 
 def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
@@ -183,9 +189,9 @@ def test_a_finished_run_is_not_run_again(
 def test_writes_only_when_it_is_time(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
     with pytest.raises(StopHereError):
         mine(shapes, stopping(data, 9), tmp_path / "rarely", checkpoint_every=1000)
-    assert not (tmp_path / "rarely").exists()
+    assert not written(tmp_path / "rarely")
     mine(shapes, data[:8], tmp_path / "rarely", checkpoint_every=1000)
-    assert len(list((tmp_path / "rarely").iterdir())) == 1
+    assert len(written(tmp_path / "rarely")) == 1
 
 
 def test_fifty_kills(tmp_path: Path) -> None:
@@ -211,7 +217,7 @@ def test_writes_after_so_many_samples(shapes: Any, data: list[ml.Sample], tmp_pa
             checkpoint_every_samples=3,
         )
     assert items_in(tmp_path) == 8
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(written(tmp_path)) == 2
 
 
 def test_more_data_afterwards(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
@@ -280,12 +286,12 @@ def test_damaged_file(shapes: Any, data: list[ml.Sample], tmp_path: Path, damage
 
     with pytest.raises(StopHereError):
         mine(shapes, stopping(data, 8), tmp_path)
-    newest = max(tmp_path.iterdir(), key=lambda path: files.read(path, KIND)[1]["writes"])
+    newest = max(written(tmp_path), key=lambda path: files.read(path, KIND)[1]["writes"])
     spoil(newest)
     with pytest.warns(UserWarning, match="Continuing from the checkpoint before"):
         resumed = mine(shapes, data[:8], tmp_path)
     same(resumed, mine(shapes, data[:8]))
-    for path in tmp_path.iterdir():
+    for path in written(tmp_path):
         spoil(path)
     with pytest.raises(ValueError, match="No intact checkpoint"):
         mine(shapes, data[:8], tmp_path)
@@ -310,7 +316,7 @@ def test_damage_anywhere(tmp_path: Path) -> None:
     record = Past.none(1).record(0)
     record.note({0: "item"}, 0, 0)
     checkpoint.write(record, [Numbers()])
-    (path,) = tmp_path.iterdir()
+    (path,) = written(tmp_path)
     good = path.read_bytes()
     damages = [good[:length] for length in range(0, len(good), 7)]
     generator = random.Random(0)
@@ -347,11 +353,39 @@ def test_full_disk(
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         mine(shapes, data[:9], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [
-        NAME.format(leg=0, rank=0, world=1, slot=1)
-    ]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        NAME.format(leg=0, rank=0, world=1, slot=1),
+        LOCK,
+    }
     monkeypatch.undo()
     same(mine(shapes, data[:9], tmp_path), mine(shapes, data[:9]))
+
+
+def test_two_runs_at_once_are_refused(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    def meanwhile() -> Any:
+        yield from data[:5]
+        with pytest.raises(ValueError, match=f"Another run is using {tmp_path}"):
+            mine(shapes, data[:8], tmp_path)
+        yield from data[5:8]
+
+    same(mine(shapes, meanwhile(), tmp_path), mine(shapes, data[:8]))
+    same(mine(shapes, data[:8], tmp_path), mine(shapes, data[:8]))
+
+
+def test_a_file_that_grows_after_it_was_counted_is_refused(tmp_path: Path) -> None:
+    """A rank of a run that lost its rank 0 may still be writing when the next run has begun."""
+    checkpoint = Checkpoint(tmp_path, 0, None, {"model": "m"})
+    late = Past.none(2).record(1)
+    for index in range(3):
+        late.note({index: "item"}, 0, 0)
+        checkpoint.write(late, [Numbers()])
+    past = checkpoint.past(1)
+    assert len(list(checkpoint.earlier(past, 1))) == 1
+    late.note({3: "item"}, 0, 0)
+    for _ in range(2):  # both places
+        checkpoint.write(late, [Numbers()])
+    with pytest.raises(ValueError, match="it covers 4 samples, not 3"):
+        list(checkpoint.earlier(past, 1))
 
 
 def test_other_runs_are_refused(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:

@@ -285,6 +285,7 @@ def test_offloaded_models_are_mined_alike(
         places |= {f"{language}.layers.{n}": "disk" if n in (0, 4) else "cpu" for n in range(6)}
     bridge = ml.load("shapes", device_map=places)
     assert any(weight.is_meta for weight in bridge.original_model.parameters())
+    assert models.identity(bridge).fingerprint == models.identity(shapes).fingerprint
     data = ml.datasets.load("easy-vqa", limit=6, ask="both")
     scores = ml.mine(bridge, data, batch_size=3, progress=False)
     assert torch.equal(scores.values, ml.mine(shapes, data, batch_size=3, progress=False).values)
