@@ -9,6 +9,7 @@ from benchmarks import scaling, startup
 from benchmarks.comparisons import Comparison, Row, Setting
 from benchmarks.measure import fast_bfloat16
 from benchmarks.models import AUDIO_7B, VL_2B, Shape
+from benchmarks.preparing import Preparing
 from benchmarks.results import Result, Target
 
 QUESTION = 305  # an image of 256 tokens and a question
@@ -42,6 +43,7 @@ def catalogue(device: str) -> list[Group]:
     """The rows, in groups, sized for the device."""
     return [
         *(group for dtype in ("fp32", "bf16") for group in _comparisons(dtype, device)),
+        Preparing(),
         *startup.catalogue(),
         *scaling.catalogue(),
     ]

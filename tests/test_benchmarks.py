@@ -13,7 +13,7 @@ from rich.console import Console
 
 import miner_lens as ml
 from benchmarks import __main__ as command
-from benchmarks import comparisons, measure, models, scaling
+from benchmarks import comparisons, measure, models, preparing, scaling
 from benchmarks.breakdown import breakdown
 from benchmarks.catalogue import catalogue
 from benchmarks.published import naive, published
@@ -45,6 +45,12 @@ def test_the_naive_way_gives_the_scores_of_causal_mining(case: tuple[Any, ...]) 
     _, bridge, inputs, masks = case
     scores = ml.mine(bridge, [(inputs, masks)], attention="causal", progress=False)
     torch.testing.assert_close(naive(bridge, inputs, masks), scores.values, atol=1e-5, rtol=0)
+
+
+def test_both_ways_of_mining_photographs_give_the_same(shapes: Any) -> None:
+    scores = [workload() for workload in preparing.workloads(shapes, 3).values()]
+    assert torch.equal(scores[0].values, scores[1].values)
+    assert scores[0].samples == 3
 
 
 def test_a_twin_shares_weights_and_logits(case: tuple[Any, ...]) -> None:
