@@ -1,9 +1,10 @@
 """MINER's scores as a reader of the paper would compute them, for comparison.
 
 Both procedures here are written from the definition in docs/method.md: one sample, layer and
-modality at a time, with the products of `[pos pos]` and `[pos neuron]` matrices written out.
-Nothing is computed twice, and the answers that the published procedure also generates, but never
-scores, are left out; both choices make what mining gains over it look smaller.
+modality at a time, with the products of `[pos pos]` and `[pos neuron]` matrices written out. The
+answers that the published procedure also generates, but never scores, are left out, and so are its
+copies of X for each modality, the logits of all tokens and the key-value cache; without them, what
+mining gains over it looks smaller.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def score(
 def published(model: Any, inputs: Inputs, masks: Masks) -> Tensor:
     """Scores [metric modality layer neuron] of a Hugging Face model, by eager attention.
 
-    Each layer's attention gives, beside its output, its head-mean pattern without the causal mask;
-    a forward hook on each activation function scores the layer at once, so that memory holds one
-    layer's patterns.
+    Beside its output each layer's attention computes, from Q and K anew as the published code does,
+    its head-mean pattern without the causal mask. A forward hook on each activation function scores
+    the layer at once, so that memory holds one layer's patterns.
     """
     stacked = torch.stack(list(masks.values()), 1)
     found: list[Tensor] = []
@@ -122,18 +123,22 @@ def _eager_and_unmasked(
     mask: Tensor | None,
     scaling: float,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, None]:
     """Eager attention that also keeps the head mean of what it would be without a mask."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    pattern = _pattern(query, key, scaling, mask)
+    output = (pattern @ value).transpose(1, 2).contiguous()
+    del pattern
+    module.unmasked_pattern = _pattern(query, key, scaling).mean(1)
+    return output, None
+
+
+def _pattern(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     scores = query @ key.mT * scaling
-    unmasked = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    module.unmasked_pattern = unmasked.mean(1)
-    del unmasked
     if mask is not None:
         scores = scores + mask
-    pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (pattern @ value).transpose(1, 2).contiguous(), pattern
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
 
 
 AttentionInterface.register(EAGER_AND_UNMASKED, _eager_and_unmasked)

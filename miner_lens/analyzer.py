@@ -52,8 +52,10 @@ def run(
 ) -> Any:
     """Show every sample to the model once, prefill only, with all analyzers reading along.
 
-    Nothing is kept from sample to sample but the analyzers' states. Under torchrun, accelerate or
-    srun each process takes a share of the data, and rank 0 gets the result; see docs/scaling.md.
+    Nothing is kept from sample to sample but the analyzers' states. Samples are prepared while the
+    model is busy with those before them, so an iterable is read one batch ahead. Under torchrun,
+    accelerate or srun each process takes a share of the data, and rank 0 gets the result; see
+    docs/scaling.md.
 
     Args:
         model: A `TransformerBridge`.
@@ -71,7 +73,8 @@ def run(
         checkpoint: A folder in which to keep the analyzers' states. Called again with the same
             model, data and settings, a run that was stopped, also by SIGKILL, continues from the
             last write; its result is the one of an uninterrupted run, bit for bit. The number of
-            processes may change (then equal to 1e-6); they must share the folder.
+            processes may change (then equal to 1e-6); they must share the folder, and no other run
+            may use it meanwhile.
         checkpoint_every: Seconds between two writes.
         checkpoint_every_samples: Write also after so many samples of a process.
 
@@ -81,7 +84,8 @@ def run(
 
     Raises:
         ValueError: No data, no usable sample, no analyzer, not a bridge, a checkpoint of
-            another run, or processes that differ in model, data or settings.
+            another run or one that another run is using, or processes that differ in model, data
+            or settings.
         SampleError: A sample is unusable and `on_error="raise"`.
         RankError: Another process has stopped.
     """
