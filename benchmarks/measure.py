@@ -45,6 +45,7 @@ class Spread:
 
 def seconds(workload: Workload, device: str) -> float:
     """How long one call takes, until the device has finished."""
+    gc.collect()  # what the call before has left is not this one's to clear away
     _synchronise(device)
     start = time.perf_counter()
     workload()
@@ -60,18 +61,29 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each workload in each run, after one call of each that does not count.
 
-    Every run calls all of them, in an order that is reversed from run to run, so that a machine
-    that slows down, or something that one leaves behind for the next, weighs on none in particular.
+    Every run calls all of them. Their order changes from run to run so that each of them is early
+    and late, and comes after each of the others, equally often (a Williams design): a machine that
+    slows down, or something that one leaves behind for the next, weighs on none in particular.
     """
     for workload in workloads.values():
         workload()
         tick()
     times: dict[str, list[float]] = {name: [] for name in workloads}
     for run in range(runs):
-        for name in list(workloads)[:: -1 if run % 2 else 1]:
+        for name in order(list(workloads), run):
             times[name].append(seconds(workloads[name], device))
             tick()
     return times
+
+
+def order(names: Sequence[str], run: int) -> list[str]:
+    """The order of a run in a Williams design, which is complete after 1 or 2 times n runs."""
+    count = len(names)
+    zigzag = [
+        (place + 1) // 2 if place % 2 else (count - place // 2) % count for place in range(count)
+    ]
+    ordered = [names[(place + run) % count] for place in zigzag]
+    return ordered[::-1] if count % 2 and run // count % 2 else ordered
 
 
 def ratio(top: Sequence[float], bottom: Sequence[float]) -> Spread:

@@ -288,10 +288,10 @@ class _Write:
             new = self.means[layer].to(x.device, x.dtype)[index]
         else:
             new = torch.tensor(self.value, dtype=x.dtype, device=x.device)
-        old = x.index_select(-1, index)
         if chosen is not None:
+            old = x.index_select(-1, index)
             new = torch.where(chosen.to(x.device)[..., None], new, old)
-        return x.index_copy_(-1, index, new.expand_as(old))
+        return x.index_copy_(-1, index, new.expand(*x.shape[:-1], len(index)))
 
 
 def _check_shape(model: Any, neurons: NeuronSet) -> None:

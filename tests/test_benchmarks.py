@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,12 +72,24 @@ def test_prompts_have_the_length_asked_for(pos: int) -> None:
     assert models.TEXT_TOKENS <= pos - int(masks["image"].sum()) < models.TEXT_TOKENS + pos**0.5
 
 
-def test_workloads_are_called_in_turn_and_back() -> None:
+def test_workloads_are_called_in_turn() -> None:
     calls: list[str] = []
     both = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = measure.in_turn(both, runs=3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert [len(each) for each in times.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_each_workload_is_as_often_in_each_place_and_after_each_other(count: int) -> None:
+    names = "abcdefgh"[:count]
+    orders = [measure.order(names, run) for run in range(2 * count)]
+    places = Counter((name, place) for one in orders for place, name in enumerate(one))
+    assert len(places) == count**2
+    assert set(places.values()) == {2}
+    pairs = Counter(pair for one in orders for pair in itertools.pairwise(one))
+    assert len(pairs) == count * (count - 1)
+    assert set(pairs.values()) <= {2}
 
 
 def test_ratios_are_taken_run_by_run() -> None:
