@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from benchmarks import scaling, startup
+from benchmarks import preparing, scaling, startup
 from benchmarks.comparisons import Comparison, Row, Setting
 from benchmarks.measure import fast_bfloat16
 from benchmarks.models import AUDIO_7B, VL_2B, Shape
-from benchmarks.preparing import Preparing
 from benchmarks.results import Result, Target
 
 QUESTION = 305  # an image of 256 tokens and a question
@@ -43,7 +42,7 @@ def catalogue(device: str) -> list[Group]:
     """The rows, in groups, sized for the device."""
     return [
         *(group for dtype in ("fp32", "bf16") for group in _comparisons(dtype, device)),
-        Preparing(),
+        *preparing.catalogue(),
         *startup.catalogue(),
         *scaling.catalogue(),
     ]

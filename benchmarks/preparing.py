@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from PIL import Image
 
 import miner_lens as ml
-from benchmarks import measure
 from benchmarks.measure import Workload
-from benchmarks.results import Result
+from benchmarks.pair import Pair
 from miner_lens.generation import prepare_inputs
 from miner_lens.models import layout
 
@@ -22,38 +19,20 @@ SAMPLES = 40
 PIXELS = (980, 960)
 
 
-@dataclass(frozen=True)
-class Preparing:
+def catalogue() -> list[Pair]:
     """Mining photographs, as a share of preparing them first and mining them then."""
-
-    name: str = "mine-photographs"
-    slow: bool = False
-
-    def names(self) -> list[str]:
-        """The row's name."""
-        return [self.name]
-
-    def steps(self, wanted: Iterable[str], runs: int) -> int:
-        """How many calls measuring it takes."""
-        return 2 * (runs + 1)
-
-    def measure(
-        self, wanted: Iterable[str], runs: int, device: str, tick: Callable[[], object]
-    ) -> Iterator[Result]:
-        """Measure it on the organism `shapes`."""
-        model = ml.load("shapes", device=device)
-        times = measure.in_turn(workloads(model, SAMPLES), runs, device, tick)
-        yield Result(
-            name=self.name,
-            measures="mining / preparing all samples, then mining them",
-            setting={"model": "shapes", "samples": SAMPLES, "JPEG": "{} x {}".format(*PIXELS)},
-            value=measure.ratio(times["beside"], times["before"]),
-            seconds={name: median(values) for name, values in times.items()},
+    return [
+        Pair(
+            "mine-photographs",
+            "mining / preparing all samples, then mining them",
+            lambda device: workloads(ml.load("shapes", device=device), SAMPLES),
+            {"model": "shapes", "samples": SAMPLES, "JPEG": "{} x {}".format(*PIXELS)},
         )
+    ]
 
 
-def workloads(model: Any, samples: int) -> dict[str, Workload]:
-    """Both ways of mining the same photographs."""
+def workloads(model: Any, samples: int) -> tuple[Workload, Workload]:
+    """Mining photographs that are prepared meanwhile, and that were prepared before."""
     data = [_photograph(number) for number in range(samples)]
 
     def prepared() -> Iterator[Any]:
@@ -61,10 +40,10 @@ def workloads(model: Any, samples: int) -> dict[str, Workload]:
             inputs = prepare_inputs(model, [sample.messages])
             yield inputs, layout(model).masks(inputs["input_ids"], inputs["attention_mask"])
 
-    return {
-        "beside": lambda: ml.mine(model, data, progress=False),
-        "before": lambda: ml.mine(model, list(prepared()), progress=False),
-    }
+    return (
+        lambda: ml.mine(model, data, progress=False),
+        lambda: ml.mine(model, list(prepared()), progress=False),
+    )
 
 
 def _photograph(number: int) -> ml.Sample:
