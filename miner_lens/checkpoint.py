@@ -198,6 +198,7 @@ class Checkpoint:
                 damaged.
         """
         found = self._survey()
+        self._tidy()
         if not found:
             return Past.none(world)
         last = max(leg for leg, _ in found)
@@ -226,7 +227,6 @@ class Checkpoint:
                 self._double(one.name)
             legs.append(Leg.fresh(world))
             records, names = [None] * world, [""] * world
-        self._tidy()
         return Past(
             legs,
             records,

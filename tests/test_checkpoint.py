@@ -83,7 +83,7 @@ for number, (batch_size, samples, allowed) in enumerate(settings):
         if finished:
             scores = ml.ImportanceScores.load(folder / "scores.safetensors")
             same(scores, whole[batch_size])
-            assert not list(folder.glob(".leg-*"))
+            assert not list(folder.glob(".leg-*")), list(folder.iterdir())
             report["finished"] += 1
             continue
         assert status == signal.SIGKILL, status
@@ -202,6 +202,16 @@ def test_fifty_kills(tmp_path: Path) -> None:
     assert report["kills"] == 50
     assert report["resumed"] >= 10
     assert report["finished"] >= 3
+
+
+def test_clears_up_after_a_first_write_that_was_cut_off(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    """Nothing else is in the folder then, so there is nothing to continue, but half a file."""
+    half = tmp_path / f".{NAME.format(leg=0, rank=0, world=1, slot=1)}.half"
+    half.write_bytes(b"half")
+    same(mine(shapes, data[:4], tmp_path), mine(shapes, data[:4]))
+    assert not half.exists()
 
 
 def test_writes_after_so_many_samples(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
