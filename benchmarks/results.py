@@ -17,6 +17,7 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "median (quartiles)": "right",
     "runs": "right",
     "target": "right",
+    "peak MB": "right",
     "extra MB": "right",
     "target MB": "right",
     "measures": "left",
@@ -49,7 +50,8 @@ class Result:
         setting: Sizes, dtype and batch.
         value: The figure, median over runs; None where only memory was measured.
         seconds: Median seconds of each workload that was timed.
-        peak_mb: Memory of each workload beyond what is in use before it.
+        peak_mb: Memory of each workload beyond what is in use before it, in the order that
+            `measures` names them in.
         extra_mb: The difference between the workloads' peaks.
     """
 
@@ -130,6 +132,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if value is None else f"{value['median']:.3g} ({value['low']:.3g}-{value['high']:.3g})",
         "" if value is None else str(value["runs"]),
         _target(row["target"], row["met"]),
+        " / ".join(f"{peak:.0f}" for peak in row["peak_mb"].values()),
         "" if extra is None else f"{extra:.0f}",
         _target(row["extra_target"], row["extra_met"]),
         row["measures"],

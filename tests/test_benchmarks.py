@@ -164,12 +164,14 @@ def test_the_file_is_complete_after_every_row(tmp_path: Path) -> None:
     spread = measure.Spread(1.3, 1.2, 1.4, 5)
     File(path, here).add(Result("a", "mining / plain", value=spread, target=Target(1.25)))
     file = File(path, here)
-    file.add(Result("b", "memory", extra_mb=90.0, extra_target=Target(150)))
+    peaks = {"mine": 330.0, "plain": 240.4}
+    file.add(Result("b", "memory", peak_mb=peaks, extra_mb=89.6, extra_target=Target(150)))
     rows = json.loads(path.read_text())["rows"]
     assert (rows["a"]["met"], rows["b"]["extra_met"], rows["b"]["met"]) == (False, True, None)
     assert list(tmp_path.iterdir()) == [path]
     text = file.markdown(["b", "a"]).splitlines()
     assert text[2].startswith("| b |")
+    assert "| 330 / 240 | 90 | <= 150 met |" in text[2]
     assert "1.3 (1.2-1.4)" in text[3]
     console = Console(width=200, record=True, quiet=True)
     console.print(file.table(["a", "b"]))
