@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from miner_lens import sites
@@ -71,8 +72,8 @@ def ablate(
     try:
         if write.needs_tokens:
             handles += tokens.watch(model)
-        for layer, index in write.indices(layers).items():
-            hook = _module_hook(write, tokens, layer, index)
+        for layer, target in write.targets(layers).items():
+            hook = _module_hook(write, tokens, target)
             handles.append(layers[layer].activation.register_forward_hook(hook))
         yield
     finally:
@@ -113,10 +114,8 @@ def ablation_hooks(
     seen = model._miner_lens_inputs
     place = sites.find(hf_model_of(model), write.site)
     hooks: list[Hook] = []
-    for layer, index in write.indices(mlps(model, write.site)).items():
-        hooks.append(
-            (place.activation_point(layer), _point_hook(write, tokens, seen, layer, index))
-        )
+    for layer, target in write.targets(mlps(model, write.site)).items():
+        hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
     return hooks
 
 
@@ -188,7 +187,9 @@ class _TowerRows(PassInputs):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
-        self.rows: Rows | None = None
+        self._rows: Rows | None = None
+        self._there: tuple[Tensor, Tensor] | None = None
+        self._count = 0
 
     def watch(self, model: Any) -> list[Any]:
         """Look at each call of the tower; returns the handles of the hooks."""
@@ -197,7 +198,8 @@ class _TowerRows(PassInputs):
         signature = inspect.signature(sites.plain(module).forward)
 
         def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
+            self._rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
+            self._there = None
 
         return [module.register_forward_pre_hook(see, with_kwargs=True)]
 
@@ -206,10 +208,14 @@ class _TowerRows(PassInputs):
 
     def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
         """The smallest X of the image, video or clip that each row belongs to."""
-        assert self.rows is not None
-        items = self.rows.items.to(x.device)
-        by_row = x.flatten(0, -2).amin(-1).masked_fill(~self.rows.real.to(x.device), torch.inf)
-        by_item = by_row.new_full((int(self.rows.items[-1]) + 1,), torch.inf)
+        assert self._rows is not None
+        if self._there is None:
+            # Once a call, not in every layer.
+            self._there = self._rows.items.to(x.device), self._rows.real.to(x.device)
+            self._count = int(self._rows.items[-1]) + 1
+        items, real = (tensor.to(x.device) for tensor in self._there)
+        by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
+        by_item = by_row.new_full((self._count,), torch.inf)
         by_item.scatter_reduce_(0, items, by_row, "amin")
         return by_item[items].view(*x.shape[:-1], 1)
 
@@ -227,6 +233,17 @@ def _tokens(model: Any, write: _Write) -> _Tokens | _TowerRows:
     return _TowerRows(place)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """The neurons to write into in one layer, with their mined means where those are written.
+
+    They are brought to the layer's device when the context opens, so that no pass waits for them.
+    """
+
+    index: Int[Tensor, " neuron"]
+    means: Float[Tensor, " neuron"] | None
+
+
 class _Write:
     """What to write into which neurons."""
 
@@ -239,7 +256,7 @@ class _Write:
                 "Select it from scores that ml.mine computed, or give a number."
             )
         self.neurons = ~neurons if complement else neurons
-        self.means = neurons.means
+        self.means = neurons.means if value == "mean" else None
         self.site = neurons.site
         self.value = value
         self.at = at
@@ -249,23 +266,25 @@ class _Write:
         """Whether what is written, or where, depends on what the tokens are."""
         return self.at is not None or self.value == "min"
 
-    def indices(self, layers: list[MLP]) -> dict[int, Tensor]:
+    def targets(self, layers: list[MLP]) -> dict[int, _Target]:
         """Neurons by layer, on the device where the layer computes."""
-        devices = [mlp.before.weight.device for mlp in layers]
-        return {
-            # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
-            layer: index if devices[layer].type == "meta" else index.to(devices[layer])
-            for layer, index in self.neurons.by_layer().items()
-        }
+        targets = {}
+        for layer, index in self.neurons.by_layer().items():
+            means = None if self.means is None else self.means[layer][index]
+            device = layers[layer].before.weight.device
+            if device.type == "meta":
+                # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
+                device = index.device
+            targets[layer] = _Target(index.to(device), means if means is None else means.to(device))
+        return targets
 
     def __call__(
         self,
         x: Float[Tensor, "*row neuron"],
-        layer: int,
-        index: Tensor,
+        target: _Target,
         tokens: _Tokens | _TowerRows,
     ) -> Float[Tensor, "*row neuron"]:
-        index = index.to(x.device)
+        index = target.index.to(x.device)
         chosen = tokens.chosen()
         if self.at is not None and (chosen is None or chosen.shape != x.shape[:-1]):
             raise ValueError(
@@ -284,10 +303,10 @@ class _Write:
         elif self.value == "min":
             new = tokens.lowest(x)
         elif self.value == "mean":
-            assert self.means is not None
-            new = self.means[layer].to(x.device, x.dtype)[index]
+            assert target.means is not None
+            new = target.means.to(x.device, x.dtype)
         else:
-            new = torch.tensor(self.value, dtype=x.dtype, device=x.device)
+            new = torch.full((), self.value, dtype=x.dtype, device=x.device)
         if chosen is not None:
             old = x.index_select(-1, index)
             new = torch.where(chosen.to(x.device)[..., None], new, old)
@@ -304,22 +323,22 @@ def _check_shape(model: Any, neurons: NeuronSet) -> None:
         )
 
 
-def _module_hook(write: _Write, tokens: _Tokens | _TowerRows, layer: int, index: Tensor) -> Any:
+def _module_hook(write: _Write, tokens: _Tokens | _TowerRows, target: _Target) -> Any:
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
         if next(iter(module._forward_hooks.values())) is not hook:
             # Somebody else saw this tensor before and may have kept it.
             output = output.clone()
-        return write(output, layer, index, tokens)
+        return write(output, target, tokens)
 
     return hook
 
 
 def _point_hook(
-    write: _Write, tokens: _Tokens | _TowerRows, seen: PassInputs, layer: int, index: Tensor
+    write: _Write, tokens: _Tokens | _TowerRows, seen: PassInputs, target: _Target
 ) -> Any:
     def hook(x: Tensor, hook: Any) -> Tensor:
         tokens.ids, tokens.real = seen.ids, seen.real
         # What a hook point hands out may be cached by others, so it is not changed in place.
-        return write(x.clone(), layer, index, tokens)
+        return write(x.clone(), target, tokens)
 
     return hook

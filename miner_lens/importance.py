@@ -130,7 +130,9 @@ class ImportanceAnalyzer:
         seen = self._seen()
         if isinstance(seen, TowerPass):
             seen.finish()
-        finite = torch.stack([rows.cpu() for rows in seen.finite])
+        # The layers of a model may lie on several devices; only the last step waits for them.
+        device = seen.finite[0].device if seen.finite else None
+        finite = torch.stack([rows.to(device) for rows in seen.finite]).cpu()
         if bool(finite.all()):
             return
         layer, row = (~finite).nonzero()[0].tolist()

@@ -6,7 +6,9 @@ Positions in no mask (padding) have no part in any result, but must be finite.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 
@@ -19,6 +21,38 @@ METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
 
 # Elements of an attention pattern that may be held between two passes over it: 64 MB and 512 MB.
 _KEPT_ON_CPU, _KEPT_ON_ACCELERATOR = 2**24, 2**27
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Stretches of positions that attend only to themselves, as the patches of an image do.
+
+    Attributes:
+        stops: The position after each stretch: numbers, to be looked up without asking a device.
+        index: Which stretch each position is in, on the device of the queries.
+    """
+
+    stops: tuple[int, ...]
+    index: Int[Tensor, " pos"]
+
+    @classmethod
+    def of(cls, numbers: Int[Tensor, " pos"], device: torch.device | str = "cpu") -> Segments:
+        """From numbers on the CPU, each other than the one before where a stretch begins.
+
+        Example:
+            >>> Segments.of(torch.tensor([4, 4, 6])).stops
+            (2, 3)
+        """
+        _, index, counts = torch.unique_consecutive(
+            numbers, return_inverse=True, return_counts=True
+        )
+        return cls(tuple(counts.cumsum(0).tolist()), index.to(device))
+
+    def around(self, start: int, stop: int) -> tuple[int, int]:
+        """From where to where the stretches reach that some positions are in."""
+        place = bisect_right(self.stops, start)
+        first = self.stops[place - 1] if place else 0
+        return first, self.stops[bisect_right(self.stops, stop - 1)]
 
 
 def head_mean_attention(
@@ -62,7 +96,7 @@ class _Pattern:
         k: Float[Tensor, "batch kv_head pos d_head"],
         causal: bool,
         mask: Bool[Tensor, "batch pos"] | None = None,
-        segments: Int[Tensor, " pos"] | None = None,
+        segments: Segments | None = None,
     ) -> None:
         self.batch, self.heads, self.pos, d_head = q.shape
         kv_heads = k.shape[1]
@@ -91,7 +125,7 @@ class _Pattern:
         self.mask = mask
         self.segments = segments
         self.index = torch.arange(self.pos, device=q.device)
-        self.segment_of = None if segments is None else segments.to(q.device, non_blocking=True)
+        self.segment_of = None if segments is None else segments.index.to(q.device)
 
     def chunks(self) -> Iterable[tuple[int, int]]:
         """Row ranges small enough for one head's scores to stay in cache."""
@@ -117,9 +151,7 @@ class _Pattern:
         """The keys outside of which these queries have no weight."""
         first, last = 0, self.pos
         if self.segments is not None:
-            ends = self.segments[[start, stop - 1]]
-            first = int(torch.searchsorted(self.segments, ends[0]))
-            last = int(torch.searchsorted(self.segments, ends[1], right=True))
+            first, last = self.segments.around(start, stop)
         return first, min(last, stop) if self.causal else last
 
     def _hidden(self, start: int, stop: int, first: int, last: int) -> Tensor | None:
@@ -168,7 +200,7 @@ def fused_attention_sums(
     masks: Bool[Tensor, "batch modality pos"],
     causal: bool = False,
     mask: Bool[Tensor, "batch pos"] | None = None,
-    segments: Int[Tensor, " pos"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Tensor, "batch direction modality pos"]:
     """What `attention_sums` makes of `head_mean_attention`, from queries and keys alone.
 
@@ -182,9 +214,7 @@ def fused_attention_sums(
         masks: Which positions belong to which modality.
         causal: Whether a query sees only the keys up to its own position.
         mask: True at real tokens; padding keys get no weight.
-        segments: Numbers that rise along the positions; positions attend to each other only where
-            they are equal, as the patches of one image in a vision tower do. On the CPU, where
-            they can be looked up without waiting for a device.
+        segments: Which positions attend to each other; default all.
 
     Raises:
         ValueError: As `head_mean_attention`.

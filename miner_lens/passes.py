@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from miner_lens import kernels
 from miner_lens.modality import Masks, parts_of
 from miner_lens.protocol import Hook
-from miner_lens.sites import Decoder, Tower
+from miner_lens.sites import Decoder, Rotary, Tower
 
 NO_ROTATED = (
     "This model's attention fires no hook_rot_q and hook_rot_k, so its queries and keys after RoPE "
@@ -126,6 +127,24 @@ class PromptPass(Pass):
         self.means.append(raw[:, MEAN].sum(0))
 
 
+@dataclass(frozen=True)
+class _Own:
+    """A sample's rows in a call of a tower."""
+
+    sample: int
+    rows: slice
+    masks: Bool[Tensor, "batch modality pos"]
+    segments: kernels.Segments
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What is known of a call's rows, on the device where its first layer computes."""
+
+    rotary: Rotary | None
+    samples: list[_Own]
+
+
 class TowerPass(Pass):
     """A tower's neurons at every patch or frame of a sample's media.
 
@@ -149,6 +168,7 @@ class TowerPass(Pass):
         self._seen: list[Tensor] = []
         self._sums: list[Tensor] | None = None
         self._spans = [call.spans() for call in self.calls]
+        self._here: tuple[int, _Here] | None = None
 
     def hooks(self, layers: int) -> list[Hook]:
         """Hooks on what queries and keys are made of, and on X of every layer."""
@@ -203,45 +223,55 @@ class TowerPass(Pass):
             raise RuntimeError(OUTSIDE.format(tower=self.tower.name))
         return call
 
+    def _on(self, device: torch.device) -> _Here:
+        """What is known of the running call's rows, brought to a device once, not in each layer."""
+        call = self._now()
+        if self._here is None or self._here[0] != call:
+            self._here = call, self._bring(call, device)
+        return self._here[1]
+
+    def _bring(self, call: int, device: torch.device) -> _Here:
+        modality, rows = self.calls[call].modality, self.calls[call].rows
+        real = rows.real.to(device)[None, None]
+        own = []
+        for sample, start, stop in self._spans[call]:
+            segments = kernels.Segments.of(rows.segments[start:stop], device)
+            own.append(_Own(sample, slice(start, stop), real[..., start:stop], segments))
+        return _Here(self.tower.rotary(self.hf_model, self.inputs, modality, device), own)
+
     def _see_attention(self, points: int) -> Any:
         def see(tensor: Tensor, hook: Any) -> None:
-            call = self._now()
+            here = self._on(tensor.device)
             self._seen.append(tensor)
             if len(self._seen) < points:
                 return
-            query, key = self.tower.queries_and_keys(
-                self.hf_model, tuple(self._seen), self.inputs, self.calls[call].modality
-            )
+            query, key = self.tower.queries_and_keys(self.hf_model, tuple(self._seen), here.rotary)
             self._seen = []
-            rows = self.calls[call].rows
-            real = rows.real.to(query.device)
             self._sums = [
                 kernels.fused_attention_sums(
-                    query[start:stop].transpose(0, 1)[None],
-                    key[start:stop].transpose(0, 1)[None],
-                    real[None, None, start:stop],
-                    segments=rows.segments[start:stop],
+                    query[own.rows].transpose(0, 1)[None],
+                    key[own.rows].transpose(0, 1)[None],
+                    own.masks.to(query.device),
+                    segments=own.segments,
                 )
-                for _, start, stop in self._spans[call]
+                for own in here.samples
             ]
 
         return see
 
     def _see_activation(self, x: Tensor, hook: Any) -> None:
-        call = self._now()
+        here = self._on(x.device)
         x = x.flatten(0, -2)
-        spans, rows = self._spans[call], self.calls[call].rows
-        real = rows.real.to(x.device)
         finite = torch.ones(self.samples, dtype=torch.bool, device=x.device)
         scores = torch.zeros(len(kernels.METRICS), 1, x.shape[-1], device=x.device)
         means = torch.zeros(1, x.shape[-1], device=x.device)
-        for index, (sample, start, stop) in enumerate(spans):
-            masks = real[None, None, start:stop]
-            none = torch.zeros(1, 2, 1, stop - start, device=x.device)
+        for index, own in enumerate(here.samples):
+            masks = own.masks.to(x.device)
+            none = torch.zeros(1, 2, *masks.shape[1:], device=x.device)
             sums = none if self._sums is None else self._sums[index].to(x.device)
-            raw = kernels.statistics(x[None, start:stop], sums, masks)
+            raw = kernels.statistics(x[None, own.rows], sums, masks)
             normal = kernels.normalise(raw, masks)
-            finite[sample] = normal.isfinite().all()
+            finite[own.sample] = normal.isfinite().all()
             scores += normal[0]
             means += raw[0, MEAN]
         self._sums = None

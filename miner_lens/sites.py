@@ -22,6 +22,8 @@ from miner_lens.identity import SITES
 ENTRY_POINTS = "miner_lens.sites"
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
+Rotary = tuple[Float[Tensor, "row d_head"], Float[Tensor, "row d_head"]]
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -104,13 +106,23 @@ class Tower(Site):
     def attention_points(self, layer: int) -> tuple[str, ...]:
         """Hook points that queries and keys are made of; none where a layer has no attention."""
 
+    def rotary(
+        self, hf_model: Any, inputs: Mapping[str, Any], modality: str, device: torch.device
+    ) -> Rotary | None:
+        """Cosines and sines of a call's rotary position embedding; None if the tower has none.
+
+        Asked for once a call and not in every layer, so it may wait for the device.
+        """
+        return None
+
     @abstractmethod
     def queries_and_keys(
-        self, hf_model: Any, seen: tuple[Tensor, ...], inputs: Mapping[str, Any], modality: str
+        self, hf_model: Any, seen: tuple[Tensor, ...], rotary: Rotary | None
     ) -> tuple[Float[Tensor, "row head d_head"], Float[Tensor, "row head d_head"]]:
         """Queries and keys as attention uses them, from what the `attention_points` gave.
 
-        Queries are not yet divided by the square root of d_head.
+        Queries are not yet divided by the square root of d_head. This is called in every layer,
+        and should not wait for the device.
         """
 
     @abstractmethod

@@ -171,7 +171,7 @@ def test_segments_attend_only_to_themselves(
         patch.setattr(
             kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
         )
-        fused = kernels.fused_attention_sums(q, k, masks, segments=segments)
+        fused = kernels.fused_attention_sums(q, k, masks, segments=kernels.Segments.of(segments))
     torch.testing.assert_close(fused, kernels.attention_sums(pattern, masks), atol=1e-5, rtol=1e-5)
 
 

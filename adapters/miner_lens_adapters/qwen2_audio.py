@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components import LinearBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from miner_lens.modality import ModalityLayout
-from miner_lens.sites import MLP, Call, Rows, Site, Tower, owners, plain
+from miner_lens.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 
@@ -113,7 +113,7 @@ class AudioTower(Tower):
         return f"{attention}.q.hook_out", f"{attention}.k.hook_out"
 
     def queries_and_keys(
-        self, hf_model: Any, seen: tuple[Tensor, ...], inputs: Mapping[str, Any], modality: str
+        self, hf_model: Any, seen: tuple[Tensor, ...], rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys by head."""
         heads = hf_model.config.audio_config.encoder_attention_heads

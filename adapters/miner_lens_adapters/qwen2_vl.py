@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder
 )
 
 from miner_lens.modality import ModalityLayout
-from miner_lens.sites import MLP, Call, Rows, Site, Tower, owners, plain
+from miner_lens.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 
@@ -104,23 +104,32 @@ class VisionTower(Tower):
         """Queries, keys and values in one, before rotary embedding."""
         return (f"vision_encoder.blocks.{layer}.attn.qkv.hook_out",)
 
+    def rotary(
+        self, hf_model: Any, inputs: Mapping[str, Any], modality: str, device: torch.device
+    ) -> Rotary:
+        """By the row and the column of each patch."""
+        from transformers.vision_utils import get_vision_position_ids
+
+        grid = inputs[GRIDS[modality]].to(device)
+        side = hf_model.config.vision_config.spatial_merge_size
+        positions = get_vision_position_ids(grid, side)
+        rotary: Rotary = plain(self.module(hf_model).rotary_pos_emb)(grid, positions)
+        return rotary
+
     def queries_and_keys(
-        self, hf_model: Any, seen: tuple[Tensor, ...], inputs: Mapping[str, Any], modality: str
+        self, hf_model: Any, seen: tuple[Tensor, ...], rotary: Rotary | None
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys by head, rotated as the tower rotates them."""
         from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
-        from transformers.vision_utils import get_vision_position_ids
 
-        tower, vision = self.module(hf_model), hf_model.config.vision_config
+        assert rotary is not None
         query, key, _ = rearrange(
             seen[0],
             "patch (part head d_head) -> part patch head d_head",
             part=3,
-            head=vision.num_heads,
+            head=hf_model.config.vision_config.num_heads,
         )
-        grid = inputs[GRIDS[modality]].to(query.device)
-        positions = get_vision_position_ids(grid, vision.spatial_merge_size)
-        cos, sin = plain(tower.rotary_pos_emb)(query, positions)
+        cos, sin = (tensor.to(query.device) for tensor in rotary)
         rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb_vision(query, key, cos, sin)
         return rotated
 
