@@ -112,6 +112,30 @@ def test_complement(bridge: Any, inputs: dict[str, Any]) -> None:
     assert set(kept[2].nonzero()[:, 2].tolist()) == {17}
 
 
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    share=st.floats(0, 1),
+    value=st.sampled_from(["zero", "min", "mean"]) | st.floats(-2, 2, width=32),
+    at=st.sampled_from([None, "image", "text"]),
+    complement=st.booleans(),
+)
+def test_against_the_definition(
+    bridge: Any, inputs: dict[str, Any], share: float, value: Any, at: Any, complement: bool
+) -> None:
+    """Any part of a layer's neurons, from none to all."""
+    mask, means = torch.rand(LAYERS, NEURONS) < share, torch.randn(LAYERS, NEURONS)
+    chosen = ml.NeuronSet.from_mask(mask, means=means)
+    before = activations(bridge, inputs)[0]
+    with ml.ablate(bridge, chosen, value, at=at, complement=complement):
+        after = activations(bridge, inputs)[0]
+    new = {"zero": 0.0, "min": before.min(), "mean": means[0]}.get(value, value)
+    tokens = models.layout(bridge).masks(inputs["input_ids"])[at or "prompt"][..., None]
+    written = tokens & (mask[0] ^ complement)
+    assert torch.equal(after, torch.where(written, torch.as_tensor(new), before))
+
+
 def test_mapping_means_all_of_it(bridge: Any, inputs: dict[str, Any]) -> None:
     parts = {"image": neuron_set(SOME[0]), "text": neuron_set(*SOME[1:])}
     with ml.ablate(bridge, parts):
