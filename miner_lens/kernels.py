@@ -354,7 +354,7 @@ def importance(
 
 def _chunks(length: int, width: int, device: torch.device) -> Iterable[tuple[int, int]]:
     """Row ranges of a `[length, width]` array: in cache on a CPU, few and large on a GPU."""
-    rows = max(1, (2**19 if device.type == "cpu" else 2**26) // width)
+    rows = max(1, (2**19 if device.type == "cpu" else 2**25) // width)
     return ((start, min(start + rows, length)) for start in range(0, length, rows))
 
 

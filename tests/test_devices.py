@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import miner_lens as ml
@@ -124,6 +125,24 @@ def test_no_layer_waits_for_a_device(
         analyzer.update(batch)
         assert len(copies.seen) == 1
     assert {scores.device.type for scores in analyzer._scores.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize(("pos", "megabytes"), [(1_246, 150), (8_192, 600)])
+def test_memory_on_a_device(pos: int, megabytes: float) -> None:
+    """At the layer shapes of Qwen2-VL-2B, in the chunks that a device gets."""
+    with pretending(), torch.device(GPUS[0]):
+        q, k = (torch.empty(1, heads, pos, 128, dtype=torch.bfloat16) for heads in (12, 2))
+        x = torch.empty(1, pos, 8_960, dtype=torch.bfloat16)
+        masks = torch.empty(1, 5, pos, dtype=torch.bool)
+        sums = torch.empty(1, 2, 5, pos)
+        for call in (
+            lambda: kernels.fused_attention_sums(q, k, masks),
+            lambda: kernels.statistics(x, sums, masks),
+        ):
+            with MemTracker() as tracker:
+                call()
+            peak = tracker.get_tracker_snapshot("peak")[q.device]["Total"]
+            assert 10e6 < peak < megabytes * 1e6
 
 
 @pytest.mark.parametrize("complement", [False, True])
