@@ -37,6 +37,7 @@ def write(
 
     Raises:
         TypeError: If the metadata is not JSON.
+        OSError: If the disk is full, or the file cannot be written for another reason.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,6 +65,12 @@ def write(
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except SafetensorError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}). What was there before is intact; make room, "
+            f"or give another folder, and try again."
+        ) from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

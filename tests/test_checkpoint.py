@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -351,18 +351,23 @@ def test_damage_anywhere(tmp_path: Path) -> None:
 def test_full_disk(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The system refuses to write on in the middle of the second file."""
     real, calls = files.save_file, []
 
-    def full(tensors: Any, path: str, **options: Any) -> None:
+    def fill(tensors: Any, path: str, **options: Any) -> None:
         calls.append(path)
         if len(calls) > 1:
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         real(tensors, path, **options)
 
-    monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        mine(shapes, data[:9], tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(files, "save_file", fill)
+    try:
+        with pytest.raises(OSError, match=r"leg-0.*could not be written .*before is intact"):
+            mine(shapes, data[:9], tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(calls) == 2
     assert {path.name for path in tmp_path.iterdir()} == {
         NAME.format(leg=0, rank=0, world=1, slot=1),
         LOCK,
