@@ -106,7 +106,7 @@ class VisionTower(Tower):
 
     def rotary(
         self, hf_model: Any, inputs: Mapping[str, Any], modality: str, device: torch.device
-    ) -> Rotary:
+    ) -> Rotary | None:
         """By the row and the column of each patch."""
         from transformers.vision_utils import get_vision_position_ids
 
@@ -182,6 +182,11 @@ class Merger(VisionTower):
     def attention_points(self, layer: int) -> tuple[str, ...]:
         """None."""
         return ()
+
+    def rotary(
+        self, hf_model: Any, inputs: Mapping[str, Any], modality: str, device: torch.device
+    ) -> None:
+        """None."""
 
     def _patches(self, hf_model: Any, grid: Tensor) -> Rows:
         side = hf_model.config.vision_config.spatial_merge_size
