@@ -131,8 +131,7 @@ class ImportanceAnalyzer:
         if isinstance(seen, TowerPass):
             seen.finish()
         # The layers of a model may lie on several devices; only the last step waits for them.
-        device = seen.finite[0].device if seen.finite else None
-        finite = torch.stack([rows.to(device) for rows in seen.finite]).cpu()
+        finite = torch.stack([rows.to(seen.finite[0].device) for rows in seen.finite]).cpu()
         if bool(finite.all()):
             return
         layer, row = (~finite).nonzero()[0].tolist()
