@@ -133,7 +133,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if value is None else str(value["runs"]),
         _target(row["target"], row["met"]),
         " / ".join(f"{peak:.0f}" for peak in row["peak_mb"].values()),
-        "" if extra is None else f"{extra:.0f}",
+        "" if extra is None else f"{extra:z.0f}",
         _target(row["extra_target"], row["extra_met"]),
         row["measures"],
         ", ".join(v if k == "model" else f"{k} {v}" for k, v in row["setting"].items()),
