@@ -1,8 +1,8 @@
 """Where the time of mining goes: `python -m benchmarks.breakdown --pos 1246 --dtype fp32`.
 
 Mining passes under torch.profiler. The profiler knows operations; the functions of
-`miner_lens.kernels` are labelled here, whatever they are called, and each operation counts for the
-innermost one around it.
+`miner_lens.scoring.kernels` are labelled here, whatever they are called, and each operation
+counts for the innermost one around it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks import measure
 from benchmarks.comparisons import Setting, workloads
 from benchmarks.measure import Workload
 from benchmarks.models import VL_2B
-from miner_lens import kernels
+from miner_lens.scoring import kernels
 
 LABEL = "miner_lens: "
 PYTHON = "(python and calls)"

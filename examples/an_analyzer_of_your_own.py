@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import miner_lens as ml
-from miner_lens.analyzer import Batch, Hook, State
+from miner_lens.running.run import Batch, Hook, State
 
 
 class SparsityAnalyzer:

@@ -21,47 +21,48 @@ from typing import TYPE_CHECKING, Any
 from miner_lens import registration
 
 if TYPE_CHECKING:
-    from miner_lens import datasets, kernels, organisms, plots
-    from miner_lens.ablation import ablate, ablation_hooks
-    from miner_lens.analyzer import Analyzer, Batch, run
-    from miner_lens.baking import bake
-    from miner_lens.distributed import RankError
-    from miner_lens.evaluation import accuracy, answers
-    from miner_lens.generation import generate, inputs
-    from miner_lens.identity import ModelIdentity
-    from miner_lens.importance import ImportanceAnalyzer, mine
-    from miner_lens.modality import ModalityLayout
-    from miner_lens.models import load, wrap
-    from miner_lens.neurons import NeuronSet
-    from miner_lens.sample import Sample, SampleError
-    from miner_lens.scores import ImportanceScores
+    from miner_lens import organisms
+    from miner_lens.analyzers import ImportanceAnalyzer, mine
+    from miner_lens.data import Sample, SampleError, datasets
+    from miner_lens.experiments import accuracy, answers
+    from miner_lens.models import ModalityLayout, ModelIdentity, generate, inputs, load, wrap
+    from miner_lens.neurons import NeuronSet, ablate, ablation_hooks, bake
+    from miner_lens.report import plots
+    from miner_lens.running import Analyzer, Batch, RankError
+    from miner_lens.running.run import run
+    from miner_lens.scoring import ImportanceScores, kernels
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ablate": "ablation",
-    "ablation_hooks": "ablation",
-    "Analyzer": "analyzer",
-    "Batch": "analyzer",
-    "run": "analyzer",
-    "bake": "baking",
-    "RankError": "distributed",
-    "accuracy": "evaluation",
-    "answers": "evaluation",
-    "ModelIdentity": "identity",
-    "ImportanceAnalyzer": "importance",
-    "mine": "importance",
-    "ModalityLayout": "modality",
-    "generate": "generation",
-    "inputs": "generation",
-    "load": "models",
-    "wrap": "models",
+    "Analyzer": "running",
+    "Batch": "running",
+    "ImportanceAnalyzer": "analyzers",
+    "ImportanceScores": "scoring",
+    "ModalityLayout": "models",
+    "ModelIdentity": "models",
     "NeuronSet": "neurons",
-    "Sample": "sample",
-    "SampleError": "sample",
-    "ImportanceScores": "scores",
+    "RankError": "running",
+    "Sample": "data",
+    "SampleError": "data",
+    "ablate": "neurons",
+    "ablation_hooks": "neurons",
+    "accuracy": "experiments",
+    "answers": "experiments",
+    "bake": "neurons",
+    "generate": "models",
+    "inputs": "models",
+    "load": "models",
+    "mine": "analyzers",
+    "run": "running",
+    "wrap": "models",
 }
-_MODULES = ("datasets", "kernels", "organisms", "plots")
+_MODULES = {
+    "datasets": "data.datasets",
+    "kernels": "scoring.kernels",
+    "organisms": "organisms",
+    "plots": "report.plots",
+}
 
 __all__ = [
     "Analyzer",
@@ -96,7 +97,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"miner_lens.{_HOMES[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"miner_lens.{name}")
+        return importlib.import_module(f"miner_lens.{_MODULES[name]}")
     raise AttributeError(f"module 'miner_lens' has no attribute {name!r}")
 
 

@@ -44,7 +44,8 @@ def info(model: Model) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from miner_lens import models, sites
+    from miner_lens.models import loading as models
+    from miner_lens.models import sites
 
     bridge = _load(model)
     with _clear_errors():

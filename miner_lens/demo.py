@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from miner_lens import datasets, plots
-from miner_lens.ablation import ablate
-from miner_lens.evaluation import Questions, accuracy, render
-from miner_lens.importance import mine
-from miner_lens.models import load
-from miner_lens.neurons import NeuronSet
-from miner_lens.scores import ImportanceScores
+from miner_lens.analyzers.importance import mine
+from miner_lens.data import datasets
+from miner_lens.experiments.evaluation import Questions, accuracy, render
+from miner_lens.models.loading import load
+from miner_lens.neurons.ablation import ablate
+from miner_lens.neurons.neuron_set import NeuronSet
+from miner_lens.report import plots
+from miner_lens.scoring.scores import ImportanceScores
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHOWN_RATIO = 0.02

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import LinearBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from miner_lens.modality import ModalityLayout
-from miner_lens.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
+from miner_lens.models.modality import ModalityLayout
+from miner_lens.models.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 

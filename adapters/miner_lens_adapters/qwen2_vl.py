@@ -23,8 +23,8 @@ from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder
     Qwen3_5VisionEncoderBridge,
 )
 
-from miner_lens.modality import ModalityLayout
-from miner_lens.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
+from miner_lens.models.modality import ModalityLayout
+from miner_lens.models.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 

@@ -1,0 +1,5 @@
+"""What is read? One file for each analysis."""
+
+from miner_lens.analyzers.importance import ImportanceAnalyzer, mine
+
+__all__ = ["ImportanceAnalyzer", "mine"]

@@ -1,0 +1,201 @@
+"""Open the images, videos and sounds of a conversation. Nothing is fetched from a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from miner_lens.data.sample import Message, SampleError
+
+# Whisper's features need three hops of 10 ms to give one token after the tower's pooling.
+SHORTEST_SOUND = 0.03
+
+
+def load_media(messages: Sequence[Message], processor: Any = None) -> list[dict[str, Any]]:
+    """Open the media of a conversation.
+
+    Args:
+        messages: A conversation. Image paths and bytes become PIL images; a video path becomes its
+            frames, sampled as the processor wants them; sounds become mono arrays at the
+            processor's rate.
+        processor: The processor that will read the result; images need none.
+
+    Raises:
+        SampleError: A medium cannot be read, or is of a kind that is not supported.
+        ImportError: The package that decodes this kind of file is missing.
+    """
+    opened = []
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise SampleError(f"A message needs a role and a content, not {message!r:.100}.")
+        opened.append({**message, "content": _load_content(message["content"], processor)})
+    return opened
+
+
+def _load_content(content: Any, processor: Any) -> Any:
+    if isinstance(content, str):
+        return content
+    return [_load_part(part, processor) for part in content]
+
+
+def _load_part(part: Any, processor: Any) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or "type" not in part:
+        raise SampleError(f"A part of a message needs a type, not {part!r:.100}.")
+    kind = str(part["type"]).removesuffix("_url")
+    if kind not in ("image", "video", "audio"):
+        return dict(part)
+    named = (part[key] for key in (kind, f"{kind}_url", "path", "url") if key in part)
+    source = next(named, None)
+    if isinstance(source, Mapping) and "url" in source:
+        source = source["url"]
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise SampleError(f"Nothing is fetched from a network: download {source} first.")
+    if kind == "image":
+        return {"type": kind, kind: load_image(source)}
+    if kind == "video":
+        return {"type": kind, kind: load_video(source, processor)}
+    return {"type": kind, kind: load_sound(source, part.get("sampling_rate"), processor)}
+
+
+def load_image(source: Any) -> Image.Image:
+    """Open a PIL image, a path or an image file's bytes, as RGB."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if not isinstance(source, str | Path | bytes):
+        raise SampleError(
+            f"An image must be a PIL image, a path or bytes, not {type(source).__name__}."
+        )
+    try:
+        with Image.open(_file(source)) as image:
+            # As Hugging Face reads files: upright, whichever way the camera was held.
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(f"Cannot read an image from {_what(source)}: {error}") from error
+
+
+def load_video(source: Any, processor: Any) -> Any:
+    """Decode a video file with PyAV; frames pass as images do."""
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        if not source:
+            raise SampleError("A video needs at least one frame.")
+        return [load_image(frame) for frame in source]
+    if not isinstance(source, str | Path):
+        raise SampleError(
+            f"A video must be a path or a sequence of frames, not {type(source).__name__}."
+        )
+    _require("av", "Reading video files needs PyAV", "video")
+    from transformers import video_utils
+
+    if not Path(source).is_file():
+        raise SampleError(f"Cannot read a video from {_what(source)}: there is no such file.")
+    reader: Any = getattr(processor, "video_processor", None)
+    sampler = reader.sample_frames if getattr(reader, "do_sample_frames", False) else None
+    try:
+        load: Any = video_utils.load_video
+        frames, _ = load(str(source), backend="pyav", sample_indices_fn=sampler)
+    except Exception as error:  # PyAV has one exception class for each of FFmpeg's codes
+        raise SampleError(f"Cannot read a video from {_what(source)}: {error}") from error
+    return frames
+
+
+def load_sound(source: Any, rate: int | None, processor: Any) -> np.ndarray:
+    """Read a sound as mono float32 at the rate that the processor wants.
+
+    Args:
+        source: A path, the bytes of a sound file, an array `[time]` or `[time channel]`, or a
+            mapping of `array` and `sampling_rate`, as Hugging Face data sets give it.
+        rate: Samples per second of an array.
+        processor: The processor; its feature extractor says rate and longest duration.
+
+    Raises:
+        SampleError: The sound is unreadable, empty, too short or too long for the model, silent,
+            holds NaN, or exceeds full scale.
+    """
+    extractor = getattr(processor, "feature_extractor", None)
+    if extractor is None:
+        raise SampleError("This model's processor has no feature extractor, so it hears no sound.")
+    if isinstance(source, Mapping):
+        source, rate = source.get("array"), source.get("sampling_rate")
+    if isinstance(source, str | Path | bytes):
+        samples, rate = _decode_sound(source)
+    elif isinstance(source, np.ndarray):
+        samples = _full_scale(source)
+    else:
+        raise SampleError(
+            f"A sound must be a path, bytes or a numpy array, not {type(source).__name__}."
+        )
+    if rate is None:
+        raise SampleError(
+            "An array of sound needs its rate: {'type': 'audio', 'audio': array, "
+            "'sampling_rate': 16000}."
+        )
+    _check_sound(samples, rate, extractor.chunk_length)
+    mono = samples if samples.ndim == 1 else samples.mean(axis=1)
+    if rate != extractor.sampling_rate:
+        _require("soxr", "Resampling sound needs soxr", "audio")
+        import soxr
+
+        mono = soxr.resample(mono, rate, extractor.sampling_rate, quality="HQ")
+    resampled: np.ndarray = np.asarray(mono, dtype=np.float32)
+    return resampled
+
+
+def _decode_sound(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+    _require("soundfile", "Reading sound files needs soundfile", "audio")
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(_file(source), dtype="float32")
+    except (OSError, RuntimeError) as error:
+        raise SampleError(f"Cannot read a sound from {_what(source)}: {error}") from error
+    return samples, rate
+
+
+def _full_scale(samples: np.ndarray) -> np.ndarray:
+    """Integers as fractions of full scale."""
+    if np.issubdtype(samples.dtype, np.integer):
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min or -1)
+    return samples.astype(np.float32)
+
+
+def _check_sound(samples: np.ndarray, rate: int, longest: float) -> None:
+    if samples.ndim not in (1, 2) or samples.size == 0:
+        raise SampleError(
+            f"A sound must be [time] or [time channel] and not empty, not {list(samples.shape)}."
+        )
+    if not np.isfinite(samples).all():
+        raise SampleError("The sound holds NaN or infinite samples.")
+    seconds = len(samples) / rate
+    if seconds < SHORTEST_SOUND:
+        raise SampleError(f"The sound lasts {seconds:.4f} s; it needs at least {SHORTEST_SOUND} s.")
+    if seconds > longest:
+        raise SampleError(
+            f"The sound lasts {seconds:.1f} s; the model hears {longest} s. Cut it into pieces."
+        )
+    peak = float(np.abs(samples).max())
+    if peak == 0:
+        raise SampleError("The sound is silent: all of its samples are 0.")
+    if peak > 1:
+        raise SampleError(
+            f"The sound exceeds full scale (its peak is {peak:.3g}, at most 1 is expected); scale "
+            "it down, or pass integers."
+        )
+
+
+def _file(source: str | Path | bytes) -> Any:
+    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
+
+
+def _what(source: str | Path | bytes) -> str:
+    return f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
+
+
+def _require(package: str, need: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{need}: pip install 'miner-lens[{extra}]'.")

@@ -1,0 +1,134 @@
+"""Conversations: what a model reads, and what it answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miner_lens.data.media import load_media
+from miner_lens.data.sample import Message, SampleError
+from miner_lens.models.loading import hf_model_of, is_bridge
+
+Inputs = dict[str, Any]
+
+# `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
+_rendering = threading.Lock()
+
+
+def prepare_inputs(
+    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+) -> Inputs:
+    """Render conversations with the model's processor, on the model's device, left-padded.
+
+    Raises:
+        ValueError: The model has no processor.
+        SampleError: A medium cannot be read, or the processor refuses the conversation.
+    """
+    return to_device(render(model, conversations, add_generation_prompt), input_device(model))
+
+
+def render(
+    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+) -> Inputs:
+    """What `prepare_inputs` returns, still on the CPU."""
+    processor = getattr(model, "processor", None)
+    if processor is None:
+        raise ValueError(
+            "This model has no processor, so it cannot read messages. Set model.processor "
+            "(ml.load does), or pass prepared model inputs."
+        )
+    with _rendering:
+        opened = [load_media(messages, processor) for messages in conversations]
+        try:
+            batch = processor.apply_chat_template(
+                opened,
+                tokenize=True,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            # Such as a text that spells out more placeholders than there are media.
+            raise SampleError(f"The processor cannot read this conversation: {error}") from error
+    return dict(batch)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its inputs."""
+    hf_model = hf_model_of(model)
+    device: torch.device = hf_model.device
+    if device.type != "meta":
+        return device
+    # The embeddings are offloaded; accelerate brings them, and then its hook says where to.
+    hook = getattr(hf_model.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move the tensors among some model inputs."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def inputs(model: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> Inputs:
+    """Turn messages into what `model(**inputs)` and `model.run_with_cache(**inputs)` take.
+
+    Args:
+        model: A bridge with a processor, or a Hugging Face model with a `.processor`.
+        messages: One conversation in Hugging Face chat format.
+        add_generation_prompt: Whether to end with the opening of the assistant's turn.
+
+    Returns:
+        Keyword arguments on the model's device. The token ids are called `input` for a bridge,
+        as TransformerLens calls them, and `input_ids` for a Hugging Face model.
+    """
+    batch = prepare_inputs(model, [messages], add_generation_prompt)
+    if is_bridge(model):
+        batch = {"input": batch.pop("input_ids"), **batch}
+    return batch
+
+
+def generate(
+    model: Any,
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> str | list[str]:
+    """Answer a conversation, or a batch of them, with all hooks and ablations live.
+
+    Greedy unless `options` say otherwise, and then token for token what plain Hugging Face
+    generation gives. (`TransformerBridge.generate` cannot be used: it feeds the pixels again at
+    each step.)
+
+    Args:
+        model: A bridge with a processor.
+        messages: One conversation in Hugging Face chat format, or a list of conversations.
+        max_new_tokens: How many tokens to generate at most.
+        options: Passed on to Hugging Face's `generate`.
+
+    Returns:
+        The answer, or one answer for each conversation.
+    """
+    if not messages:
+        raise ValueError("There is no message to answer.")
+    single = isinstance(messages[0], dict)
+    conversations: Any = [messages] if single else messages
+    batch = prepare_inputs(model, conversations)
+    answers = generate_from(model, batch, max_new_tokens, **options)
+    return answers[0] if single else answers
+
+
+def generate_from(
+    model: Any, batch: Inputs, max_new_tokens: int = 128, **options: Any
+) -> list[str]:
+    """Answer conversations that `prepare_inputs` has rendered; see `generate`."""
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
+    with torch.no_grad():
+        tokens = hf_model_of(model).generate(**batch, **options)
+    new = tokens[:, batch["input_ids"].shape[1] :]
+    answers: list[str] = model.processor.batch_decode(new, skip_special_tokens=True)
+    return answers

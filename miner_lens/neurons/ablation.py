@@ -1,0 +1,372 @@
+"""Switch neurons off, and leave no trace of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from miner_lens.models import sites
+from miner_lens.models.loading import (
+    PassInputs,
+    hf_model_of,
+    identity,
+    is_bridge,
+    layout,
+    mlps,
+    prepare,
+)
+from miner_lens.models.sites import MLP, Rows, Tower
+from miner_lens.neurons.neuron_set import NeuronSet
+
+Value = float | Literal["zero", "min", "mean"]
+Hook = tuple[str, Callable[..., Tensor | None]]
+Neurons = NeuronSet | Mapping[str, NeuronSet]
+
+
+@contextmanager
+def ablate(
+    model: Any,
+    neurons: Neurons,
+    value: Value = "zero",
+    at: str | None = None,
+    complement: bool = False,
+    site: str | None = None,
+) -> Iterator[None]:
+    """Switch neurons off while the context is open.
+
+    Writes into X, the output of the MLP's activation function, before it is multiplied by the up
+    projection. Contexts nest, the inner one on top of the outer; hooks, caches and generation
+    inside see the ablated model, and `reset_hooks()` does not end it. Afterwards the model computes
+    what it computed before, bit for bit, also after an exception.
+
+    Args:
+        model: A `TransformerBridge` or a plain Hugging Face model.
+        neurons: The neurons, or what `select` returns, which means all of them.
+        value: `"zero"`, a number, `"min"` (the smallest X of the layer in the same pass, over
+            the sample's real tokens; in a tower, over the same image, video or clip) or `"mean"`
+            (each neuron's mean when it was mined).
+        at: Only at the tokens of this modality; default everywhere. In a tower, where only its
+            own medium occurs, leave it out.
+        complement: Ablate every neuron of the site but these.
+        site: The site that the neurons must be of; default their own.
+
+    Raises:
+        ValueError: The neurons are another model's or another site's, carry no means for
+            `"mean"`, or the model has no such modality.
+
+    Example:
+        with ml.ablate(model, msns["image"]):
+            logits = model(**inputs)
+    """
+    write = _Write(check_neurons(model, neurons, site), value, at, complement)
+    tokens = _tokens(model, write)
+    layers = mlps(model, write.site)
+    handles = []
+    try:
+        if write.needs_tokens:
+            handles += tokens.watch(model)
+        for layer, target in write.targets(layers).items():
+            hook = _module_hook(write, tokens, target)
+            handles.append(layers[layer].activation.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ablation_hooks(
+    model: Any,
+    neurons: Neurons,
+    value: Value = "zero",
+    at: str | None = None,
+    complement: bool = False,
+    site: str | None = None,
+) -> list[Hook]:
+    """The same ablation as a list for TransformerLens's `run_with_hooks(fwd_hooks=...)`.
+
+    Args are those of `ablate`, but for `value="min"`, which needs to know which patches or frames
+    are one sample's and so works in the decoder only.
+
+    Raises:
+        ValueError: As `ablate`, the model is not a `TransformerBridge`, or `value="min"` is asked
+            for in a tower.
+    """
+    if not is_bridge(model):
+        raise ValueError(
+            f"ablation_hooks needs a TransformerBridge, got {type(model).__name__}. "
+            "Wrap it with ml.wrap, or use ml.ablate, which takes plain Hugging Face models."
+        )
+    prepare(model)
+    write = _Write(check_neurons(model, neurons, site), value, at, complement)
+    tokens = _tokens(model, write)
+    if isinstance(tokens, _TowerRows) and write.needs_tokens:
+        raise ValueError(
+            "ablation_hooks cannot write 'min' in a tower: hook points do not say which rows are "
+            "one image or clip. Use ml.ablate, which can."
+        )
+    seen = model._miner_lens_inputs
+    place = sites.find(hf_model_of(model), write.site)
+    hooks: list[Hook] = []
+    for layer, target in write.targets(mlps(model, write.site)).items():
+        hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
+    return hooks
+
+
+def check_neurons(model: Any, neurons: Neurons, site: str | None = None) -> NeuronSet:
+    """All of the neurons as one set that belongs to this model, and to the site if one is named.
+
+    Raises:
+        ValueError: They are another model's or site's, or no neurons at all but something else.
+    """
+    if isinstance(neurons, Mapping) and neurons:
+        neurons = NeuronSet.union(neurons.values())
+    if not isinstance(neurons, NeuronSet):
+        raise ValueError(
+            "neurons must be a NeuronSet or a non-empty mapping of modality to NeuronSet, as "
+            f"select returns it, not {type(neurons).__name__}."
+        )
+    neurons.require_site(site)
+    if neurons.identity is not None:
+        neurons.identity.check(identity(model, neurons.site), "The NeuronSet")
+    else:
+        _check_shape(model, neurons)
+    return neurons
+
+
+class _Tokens(PassInputs):
+    """Knows of the pass that is running which tokens are real, and which are to be ablated."""
+
+    def __init__(self, model: Any, at: str | None) -> None:
+        super().__init__()
+        self._looked_up: tuple[Tensor, Tensor] | None = None
+        self.at = at
+        self.layout = None if at is None else layout(model)
+        if self.layout is not None:
+            known = self.layout.masks(torch.zeros(1, 1, dtype=torch.long))
+            if at not in known:
+                raise ValueError(f"The model has no modality {at!r}; it has {', '.join(known)}.")
+
+    def watch(self, model: Any) -> list[Any]:
+        """Look at each forward pass; returns the handles of the hooks."""
+        hf_model = hf_model_of(model)
+        return [
+            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
+            hf_model.register_forward_hook(self.forget, always_call=True),
+        ]
+
+    def chosen(self) -> Bool[Tensor, "batch pos"] | None:
+        """The tokens of the modality to ablate at, or None where it is everywhere."""
+        if self.layout is None or self.at is None or self.ids is None:
+            return None
+        if self._looked_up is None or self._looked_up[0] is not self.ids:
+            self._looked_up = (self.ids, self.layout.masks(self.ids, self.real)[self.at])
+        return self._looked_up[1]
+
+    def lowest(self, x: Float[Tensor, "batch pos neuron"]) -> Float[Tensor, "batch 1 1"]:
+        """The smallest X of each sample's real tokens."""
+        if self.real is not None:
+            x = x.masked_fill(~self.real.to(x.device)[..., None], torch.inf)
+        return x.amin(dim=(-2, -1), keepdim=True)
+
+    def forget(self, *_: Any) -> None:
+        """What was seen is of no later pass."""
+        super().forget()
+        self._looked_up = None
+
+
+class _TowerRows(PassInputs):
+    """Knows of the tower's call that is running which rows are real, and of which item each is."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+        self._rows: Rows | None = None
+        self._there: tuple[Tensor, Tensor] | None = None
+        self._count = 0
+
+    def watch(self, model: Any) -> list[Any]:
+        """Look at each call of the tower; returns the handles of the hooks."""
+        hf_model = hf_model_of(model)
+        module: Any = self.tower.module(hf_model)
+        signature = inspect.signature(sites.plain(module).forward)
+
+        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
+            self._there = None
+
+        return [module.register_forward_pre_hook(see, with_kwargs=True)]
+
+    def chosen(self) -> None:
+        """In a tower every row is ablated."""
+
+    def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
+        """The smallest X of the image, video or clip that each row belongs to."""
+        assert self._rows is not None
+        if self._there is None:
+            # Once a call, not in every layer.
+            self._there = self._rows.items.to(x.device), self._rows.real.to(x.device)
+            self._count = int(self._rows.items[-1]) + 1
+        items, real = (tensor.to(x.device) for tensor in self._there)
+        by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
+        by_item = by_row.new_full((self._count,), torch.inf)
+        by_item.scatter_reduce_(0, items, by_row, "amin")
+        return by_item[items].view(*x.shape[:-1], 1)
+
+
+def _tokens(model: Any, write: _Write) -> _Tokens | _TowerRows:
+    place = sites.find(hf_model_of(model), write.site)
+    if not isinstance(place, Tower):
+        return _Tokens(model, write.at)
+    if write.at is not None and (write.at,) != place.modalities:
+        raise ValueError(
+            f"at={write.at!r} chooses among the prompt's tokens, but neurons of site "
+            f"{place.name!r} see only {' and '.join(place.modalities)}. Leave at out."
+        )
+    write.at = None
+    return _TowerRows(place)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Which neurons to write into in one layer.
+
+    All tensors are brought to the layer's device when the context opens, so that no pass waits.
+
+    Attributes:
+        index: The neurons; where they are most of the layer, the others.
+        others: Whether `index` has the others. To save those few, write all and put them back
+            takes a tenth of the time of writing most neurons one by one.
+        means: The mined means of the neurons to write, or of all; None where not needed.
+    """
+
+    index: Int[Tensor, " neuron"]
+    others: bool
+    means: Float[Tensor, " neuron"] | None
+
+
+class _Write:
+    """What to write into which neurons."""
+
+    def __init__(self, neurons: NeuronSet, value: Value, at: str | None, complement: bool) -> None:
+        if not isinstance(value, int | float) and value not in ("zero", "min", "mean"):
+            raise ValueError(f"value must be 'zero', 'min', 'mean' or a number, not {value!r}.")
+        if value == "mean" and neurons.means is None:
+            raise ValueError(
+                "value='mean' needs each neuron's mined mean, and this NeuronSet carries none. "
+                "Select it from scores that ml.mine computed, or give a number."
+            )
+        self.neurons = ~neurons if complement else neurons
+        self.means = neurons.means if value == "mean" else None
+        self.site = neurons.site
+        self.value = value
+        self.at = at
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether what is written, or where, depends on what the tokens are."""
+        return self.at is not None or self.value == "min"
+
+    def targets(self, layers: list[MLP]) -> dict[int, _Target]:
+        """Neurons by layer, on the device where the layer computes."""
+        targets = {}
+        for layer, index in self.neurons.by_layer().items():
+            means = None if self.means is None else self.means[layer]
+            others = 2 * len(index) > self.neurons.neurons
+            if others:
+                index = _others(index, self.neurons.neurons)
+            elif means is not None:
+                means = means[index]
+            device = layers[layer].before.weight.device
+            if device.type == "meta":
+                # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
+                device = index.device
+            if means is not None:
+                means = means.to(device)
+            targets[layer] = _Target(index.to(device), others, means)
+        return targets
+
+    def __call__(
+        self,
+        x: Float[Tensor, "*row neuron"],
+        target: _Target,
+        tokens: _Tokens | _TowerRows,
+    ) -> Float[Tensor, "*row neuron"]:
+        index = target.index.to(x.device)
+        chosen = tokens.chosen()
+        if self.at is not None and (chosen is None or chosen.shape != x.shape[:-1]):
+            raise ValueError(
+                f"Ablating at {self.at!r} needs the token ids of this pass to tell modalities "
+                "apart. Call the model with input_ids, not with inputs_embeds."
+            )
+        if x.requires_grad:
+            x = x.clone()
+        new = self._new(x, target, tokens)
+        mask = None if chosen is None else chosen.to(x.device)[..., None]
+        if target.others:
+            kept = _read(x, index)
+            x.copy_(new if mask is None else torch.where(mask, new, x))
+            return x.index_copy_(-1, index, kept)
+        if mask is not None:
+            new = torch.where(mask, new, _read(x, index))
+        return x.index_copy_(-1, index, new.expand(*x.shape[:-1], len(index)))
+
+    def _new(
+        self, x: Float[Tensor, "*row neuron"], target: _Target, tokens: _Tokens | _TowerRows
+    ) -> Tensor:
+        """What to write, to be broadcast over rows."""
+        if self.value == "min":
+            return tokens.lowest(x)
+        if self.value == "mean":
+            assert target.means is not None
+            return target.means.to(x.device, x.dtype)
+        value = 0.0 if self.value == "zero" else self.value
+        return torch.full((), value, dtype=x.dtype, device=x.device)
+
+
+def _read(x: Float[Tensor, "*row neuron"], index: Int[Tensor, " neuron"]) -> Tensor:
+    # Several times as fast as index_select on a CPU.
+    return x.gather(-1, index.expand(*x.shape[:-1], len(index)))
+
+
+def _others(index: Int[Tensor, " neuron"], neurons: int) -> Int[Tensor, " neuron"]:
+    mask = torch.ones(neurons, dtype=torch.bool)
+    mask[index] = False
+    return mask.nonzero()[:, 0]
+
+
+def _check_shape(model: Any, neurons: NeuronSet) -> None:
+    layers = mlps(model, neurons.site)
+    shape = (len(layers), layers[0].before.out_features)
+    if shape != (neurons.layers, neurons.neurons):
+        raise ValueError(
+            f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this "
+            f"model's {neurons.site} has {shape[0]} x {shape[1]}. Mine again on this model."
+        )
+
+
+def _module_hook(write: _Write, tokens: _Tokens | _TowerRows, target: _Target) -> Any:
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        if next(iter(module._forward_hooks.values())) is not hook:
+            # Somebody else saw this tensor before and may have kept it.
+            output = output.clone()
+        return write(output, target, tokens)
+
+    return hook
+
+
+def _point_hook(
+    write: _Write, tokens: _Tokens | _TowerRows, seen: PassInputs, target: _Target
+) -> Any:
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        tokens.ids, tokens.real = seen.ids, seen.real
+        # What a hook point hands out may be cached by others, so it is not changed in place.
+        return write(x.clone(), target, tokens)
+
+    return hook

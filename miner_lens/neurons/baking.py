@@ -1,0 +1,74 @@
+"""Ablated checkpoints for programs that know nothing of hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miner_lens.models.loading import hf_model_of, mlps
+from miner_lens.neurons.ablation import Neurons, check_neurons
+
+ABLATED = "ablated_neurons.safetensors"
+
+
+def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
+    """Save the model with neurons removed, as an ordinary Hugging Face checkpoint.
+
+    Each neuron's column of the down projection is written as zeros, so that an evaluation harness
+    or a serving engine runs the ablated model. Its logits equal those under
+    `ablate(model, neurons, value="zero")`. The model itself is not changed.
+
+    Args:
+        model: A `TransformerBridge` or a plain Hugging Face model.
+        neurons: The neurons, or what `select` returns, which means all of them.
+        path: A new or empty folder. Beside the checkpoint it gets the processor, if the model has
+            one, and the neurons as `ablated_neurons.safetensors`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The neurons are another model's, or weights are offloaded or quantized.
+        FileExistsError: The folder is not empty.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty; name a new folder to save the checkpoint in.")
+    chosen = check_neurons(model, neurons)
+    hf_model = hf_model_of(model)
+    with torch.device("meta"):
+        baked = type(hf_model)(hf_model.config)
+    weights = _weights_for(baked, hf_model)
+    names = {id(module): name for name, module in baked.named_modules()}
+    layers = mlps(baked, chosen.site)
+    for layer, index in chosen.by_layer().items():
+        down = names[id(layers[layer].down)] + ".weight"
+        weights[down] = weights[down].index_fill(1, index.to(weights[down].device), 0)
+    baked.load_state_dict(weights, assign=True)
+    baked.tie_weights()
+    baked.generation_config = hf_model.generation_config
+    baked.save_pretrained(path)
+    if getattr(model, "processor", None) is not None:
+        model.processor.save_pretrained(path)
+    chosen.save(path / ABLATED)
+    return path
+
+
+def _weights_for(plain: Any, hf_model: Any) -> dict[str, Tensor]:
+    """The weights of a model that may be inside a bridge, under the names of a plain one."""
+    # A bridge's components stand in the model's tree, and some under a second name as well.
+    found = {
+        name.replace("._original_component", ""): tensor
+        for name, tensor in hf_model.state_dict().items()
+    }
+    weights = {name: found[name] for name in plain.state_dict()}
+    unreadable = [n for n, t in weights.items() if t.is_meta or not t.is_floating_point()]
+    if unreadable:
+        raise ValueError(
+            f"Cannot save weights that are offloaded or quantized ({unreadable[0]}, for one). Load "
+            "the model whole and unquantized to bake it."
+        )
+    return weights

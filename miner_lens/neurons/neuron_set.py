@@ -1,0 +1,385 @@
+"""NeuronSet: a set of MLP neurons of one model."""
+
+from __future__ import annotations
+
+import operator
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from miner_lens import files
+from miner_lens.models.identity import SITES, ModelIdentity
+from miner_lens.neurons.draw import random
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class NeuronSet:
+    """An immutable set of `(layer, neuron)` pairs that knows the model they belong to.
+
+    It behaves as a set of pairs of ints, sorted: `| & - ^ ~ <= len in == hash`. Two sets are
+    equal if they hold the same neurons of the same model. Sets of different models do not mix.
+
+    Args:
+        pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
+        layers: Number of layers in the model.
+        neurons: Number of neurons in each layer.
+        identity: The model they come from, where it is known.
+        means: Mean activation of every neuron of the model, as mined; `ablate(value="mean")`
+            writes these. Not part of equality.
+        site: Where the neurons live: "llm", "vision", "audio" or "projector"; default the
+            identity's site, or "llm".
+
+    Raises:
+        ValueError: If a pair lies outside the model, or `identity` has another shape or site.
+
+    Example:
+        >>> image = NeuronSet([(0, 3), (1, 2)], layers=2, neurons=4)
+        >>> text = NeuronSet([(1, 2)], layers=2, neurons=4)
+        >>> list(image - text), (0, 3) in image, len(~image)
+        ([(0, 3)], True, 6)
+        >>> image
+        NeuronSet(2 of 8 neurons, 2 layers)
+    """
+
+    layers: int
+    neurons: int
+    identity: ModelIdentity | None
+    site: str
+    _member: Bool[Tensor, "layer neuron"]
+    _means: Float[Tensor, "layer neuron"] | None
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[int, int]] | Any,
+        *,
+        layers: int,
+        neurons: int,
+        identity: ModelIdentity | None = None,
+        means: Float[Tensor, "layer neuron"] | None = None,
+        site: str | None = None,
+    ) -> None:
+        if site is None:
+            site = "llm" if identity is None else identity.site
+        if site not in SITES:
+            raise ValueError(f"There is no site {site!r}; there are {', '.join(SITES)}.")
+        if identity is not None and identity.site != site:
+            raise ValueError(
+                f"NeuronSet was given site {site!r}, but its identity is of site "
+                f"{identity.site!r}. Pass the identity of the site that was mined."
+            )
+        if identity is not None and (identity.layers, identity.neurons) != (layers, neurons):
+            raise ValueError(
+                f"NeuronSet was given {layers} layers x {neurons} neurons, but its identity "
+                f"{identity.name} has {identity.layers} x {identity.neurons}. Pass the model's own."
+            )
+        if means is not None and means.shape != (layers, neurons):
+            raise ValueError(
+                f"means has shape {list(means.shape)}; expected one mean for each of "
+                f"{layers} layers x {neurons} neurons."
+            )
+        index = _indices(pairs)
+        outside = (index < 0) | (index >= torch.tensor([layers, neurons]))
+        if outside.any():
+            first = tuple(index[outside.any(1)][0].tolist())
+            raise ValueError(
+                f"Neuron {first} (layer, neuron) lies outside {layers} layers x {neurons} neurons; "
+                f"both count from 0."
+            )
+        member = torch.zeros(layers, neurons, dtype=torch.bool)
+        member[index[:, 0], index[:, 1]] = True
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "neurons", neurons)
+        object.__setattr__(self, "identity", identity)
+        object.__setattr__(self, "site", site)
+        object.__setattr__(self, "_member", member)
+        object.__setattr__(
+            self, "_means", None if means is None else means.detach().cpu().float().clone()
+        )
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Bool[Tensor, "layer neuron"],
+        identity: ModelIdentity | None = None,
+        means: Float[Tensor, "layer neuron"] | None = None,
+        site: str | None = None,
+    ) -> NeuronSet:
+        """The neurons at which `mask` is True."""
+        layers, neurons = mask.shape
+        return cls(
+            mask.detach().cpu().nonzero(),
+            layers=layers,
+            neurons=neurons,
+            identity=identity,
+            means=means,
+            site=site,
+        )
+
+    @classmethod
+    def union(cls, sets: Iterable[NeuronSet]) -> NeuronSet:
+        """Every neuron of any of the sets.
+
+        Raises:
+            ValueError: If there are no sets, or they are of different models.
+
+        Example:
+            >>> parts = [NeuronSet([(0, n)], layers=1, neurons=4) for n in range(3)]
+            >>> len(NeuronSet.union(parts))
+            3
+        """
+        together: NeuronSet | None = None
+        for part in sets:
+            together = part if together is None else together | part
+        if together is None:
+            raise ValueError("NeuronSet.union needs at least one set.")
+        return together
+
+    @classmethod
+    def random(cls, count: int, like: NeuronSet, seed: int = 0) -> NeuronSet:
+        """So many neurons of the same model, drawn without replacement; for comparison.
+
+        Raises:
+            ValueError: If the model has fewer neurons.
+
+        Example:
+            >>> chosen = NeuronSet([(0, 1)], layers=2, neurons=8)
+            >>> len(NeuronSet.random(5, like=chosen, seed=1))
+            5
+        """
+        total = like.layers * like.neurons
+        if not 0 <= count <= total:
+            raise ValueError(f"Cannot draw {count} of the model's {total} neurons.")
+        mask = random(like.layers, like.neurons, count, seed)
+        return cls.from_mask(mask, like.identity, like.means, like.site)
+
+    @property
+    def mask(self) -> Bool[Tensor, "layer neuron"]:
+        """A new tensor, True at the set's neurons."""
+        return self._member.clone()
+
+    @property
+    def means(self) -> Float[Tensor, "layer neuron"] | None:
+        """A new tensor of every neuron's mean activation as mined, or None if unknown."""
+        return None if self._means is None else self._means.clone()
+
+    def __len__(self) -> int:
+        return int(self._member.sum())
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((layer, neuron) for layer, neuron in self._member.nonzero().tolist())
+
+    def __contains__(self, pair: object) -> bool:
+        try:
+            layer, neuron = map(operator.index, pair)  # type: ignore[call-overload]
+        except (TypeError, ValueError):
+            return False
+        inside = 0 <= layer < self.layers and 0 <= neuron < self.neurons
+        return inside and bool(self._member[layer, neuron])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NeuronSet):
+            return NotImplemented
+        known = (self.identity, self.site) == (other.identity, other.site)
+        return known and torch.equal(self._member, other._member)
+
+    def __hash__(self) -> int:
+        return hash((self.identity, self.site, self._member.shape, self._member.numpy().tobytes()))
+
+    def __repr__(self) -> str:
+        model = "" if self.identity is None else f", model={self.identity.name!r}"
+        site = "" if self.site == "llm" else f", site={self.site!r}"
+        total = self.layers * self.neurons
+        return f"NeuronSet({len(self)} of {total} neurons, {self.layers} layers{model}{site})"
+
+    def __or__(self, other: NeuronSet) -> NeuronSet:
+        return self._with(other, self._member | self._other(other))
+
+    def __and__(self, other: NeuronSet) -> NeuronSet:
+        return self._with(other, self._member & self._other(other))
+
+    def __sub__(self, other: NeuronSet) -> NeuronSet:
+        return self._with(other, self._member & ~self._other(other))
+
+    def __xor__(self, other: NeuronSet) -> NeuronSet:
+        return self._with(other, self._member ^ self._other(other))
+
+    def __invert__(self) -> NeuronSet:
+        return self._with(self, ~self._member)
+
+    def __le__(self, other: NeuronSet) -> bool:
+        return not (self._member & ~self._other(other)).any()
+
+    def __ge__(self, other: NeuronSet) -> bool:
+        return not (self._other(other) & ~self._member).any()
+
+    def isdisjoint(self, other: NeuronSet) -> bool:
+        """Whether the two sets share no neuron."""
+        return not (self._member & self._other(other)).any()
+
+    def by_layer(self) -> dict[int, Int64[Tensor, " neuron"]]:
+        """Indices of the neurons in each layer that has any, sorted.
+
+        Example:
+            >>> NeuronSet([(1, 2), (1, 0)], layers=2, neurons=4).by_layer()
+            {1: tensor([0, 2])}
+        """
+        chosen = ((layer, row.nonzero()[:, 0]) for layer, row in enumerate(self._member))
+        return {layer: index for layer, index in chosen if len(index)}
+
+    def counts(self) -> list[int]:
+        """How many neurons of each layer the set holds."""
+        counts: list[int] = self._member.sum(1).tolist()
+        return counts
+
+    def require_site(self, site: str | None) -> None:
+        """Refuse another site than the neurons' own; None allows any.
+
+        Raises:
+            ValueError: The neurons live elsewhere.
+        """
+        if site not in (None, self.site):
+            raise ValueError(
+                f"These neurons are of site {self.site!r}, not {site!r}. Mine that site, or leave "
+                "site out."
+            )
+
+    def transfer(self, identity: ModelIdentity) -> NeuronSet:
+        """The same neurons of another model of the same shape, without the mined means.
+
+        Raises:
+            ValueError: If the other model has another shape.
+        """
+        return NeuronSet.from_mask(self._member, identity)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table of the columns site, layer and neuron, one row a neuron."""
+        import pandas as pd
+
+        table = pd.DataFrame(self._member.nonzero().numpy(), columns=["layer", "neuron"])
+        table.insert(0, "site", self.site)
+        return table
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set to a safetensors file; the model is in its metadata."""
+        tensors = {"pairs": self._member.nonzero()}
+        if self._means is not None:
+            tensors["means"] = self._means
+        metadata = {
+            "layers": self.layers,
+            "neurons": self.neurons,
+            "site": self.site,
+            "identity": None if self.identity is None else self.identity.to_dict(),
+        }
+        files.write(path, "NeuronSet", tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NeuronSet:
+        """Read a set that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or holds something else.
+        """
+        tensors, metadata = files.read(path, "NeuronSet")
+        identity = metadata["identity"]
+        return cls(
+            tensors["pairs"],
+            layers=metadata["layers"],
+            neurons=metadata["neurons"],
+            identity=None if identity is None else ModelIdentity.from_dict(identity),
+            means=tensors.get("means"),
+            site=metadata.get("site"),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        filename: str = "neurons.safetensors",
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the set to a model repository of the Hugging Face hub, made if need be.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "neurons.safetensors")
+            self.save(path)
+            commit = api.upload_file(
+                path_or_fileobj=path,
+                path_in_repo=filename,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=f"Upload {self!r}",
+            )
+        return str(commit.commit_url)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        filename: str = "neurons.safetensors",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> NeuronSet:
+        """Download a set that `push_to_hub` uploaded."""
+        from huggingface_hub import hf_hub_download
+
+        return cls.load(hf_hub_download(repo_id, filename, revision=revision, token=token))
+
+    def _other(self, other: NeuronSet) -> Bool[Tensor, "layer neuron"]:
+        if not isinstance(other, NeuronSet):
+            raise TypeError(
+                f"A NeuronSet combines with a NeuronSet, not with {type(other).__name__}. "
+                f"Make one of it with NeuronSet(pairs, layers={self.layers}, "
+                f"neurons={self.neurons})."
+            )
+        if self.identity is not None and other.identity is not None:
+            self.identity.check(other.identity, "One NeuronSet")
+        if self.site != other.site:
+            raise ValueError(
+                f"NeuronSets of different sites do not mix: {self.site!r} and {other.site!r}. "
+                "Keep them apart, and open one ablation inside the other."
+            )
+        if (self.layers, self.neurons) != (other.layers, other.neurons):
+            raise ValueError(
+                f"NeuronSets of different shapes do not mix: {self.layers} layers x "
+                f"{self.neurons} neurons and {other.layers} x {other.neurons}. "
+                f"Use sets of one model."
+            )
+        return other._member
+
+    def _with(self, other: NeuronSet, member: Bool[Tensor, "layer neuron"]) -> NeuronSet:
+        identity = other.identity if self.identity is None else self.identity
+        means = other._means if self._means is None else self._means
+        return NeuronSet.from_mask(member, identity, means, self.site)
+
+
+def _indices(pairs: Any) -> Int64[Tensor, "pair 2"]:
+    if not hasattr(pairs, "shape"):
+        pairs = list(pairs)
+    index = torch.as_tensor(pairs).detach().cpu()
+    if index.numel() == 0:
+        return torch.empty(0, 2, dtype=torch.int64)
+    if index.ndim != 2 or index.shape[1] != 2 or index.is_floating_point():
+        raise ValueError(
+            f"Neurons must be pairs (layer, neuron) of ints; got an array of shape "
+            f"{list(index.shape)} and type {index.dtype}."
+        )
+    return index.to(torch.int64)

@@ -1,0 +1,54 @@
+"""What torchrun, accelerate and srun tell a process about itself."""
+
+from __future__ import annotations
+
+import os
+import re
+
+PORTS = range(15_000, 30_000)  # below those that systems hand out by themselves
+
+
+def launcher() -> tuple[int, int, str, int] | None:
+    """Rank, number of ranks, and where they meet, as the launcher's environment says.
+
+    torchrun and accelerate set `RANK` and its kin. srun sets its own for each process of a step;
+    the variables of a whole SLURM job, which a batch script has too, do not count.
+
+    Raises:
+        ValueError: The environment names a rank but not where to meet.
+    """
+    variables = os.environ
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        needed = ("MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in variables]
+        if world > 1 and missing:
+            raise ValueError(
+                f"RANK={rank} and WORLD_SIZE={world} are set, but not {' and '.join(missing)}. "
+                "Start the processes with torchrun, or unset RANK and WORLD_SIZE for one process."
+            )
+        host, port = (variables.get(name, "0") for name in needed)
+    elif "SLURM_PROCID" in variables and "SLURM_STEP_NUM_TASKS" in variables:
+        rank, world = int(variables["SLURM_PROCID"]), int(variables["SLURM_STEP_NUM_TASKS"])
+        nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
+        host = variables.get("MASTER_ADDR") or first_host(nodes)
+        job = int(variables.get("SLURM_JOB_ID", 0)) + int(variables.get("SLURM_STEP_ID", 0))
+        port = variables.get("MASTER_PORT", str(PORTS[job % len(PORTS)]))
+    else:
+        return None
+    return (rank, world, host, int(port)) if world > 1 else None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list.
+
+    Example:
+        >>> first_host("gpu[007-010,012],login1"), first_host("a,b")
+        ('gpu007', 'a')
+    """
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise ValueError(
+            f"No host can be read from the SLURM node list {nodes!r}; set MASTER_ADDR."
+        )
+    return "".join(part or "" for part in match.groups())

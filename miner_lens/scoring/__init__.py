@@ -1,0 +1,5 @@
+"""How important is each neuron? MINER's arithmetic, without a model."""
+
+from miner_lens.scoring.scores import ImportanceScores
+
+__all__ = ["ImportanceScores"]

@@ -1,0 +1,194 @@
+"""Stage 4: which neurons are specific to which modality, from their scores.
+
+Pure functions on tensors. Where scores are equal, the lowest (modality,) layer and neuron
+come first, so that a selection does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from miner_lens.neurons.draw import random
+from miner_lens.scoring.kernels import METRICS
+
+DEFAULT_WEIGHTS = (0.0, 0.25, 0.25, 0.5, 0.0)
+SPLITS = {
+    "special_text_separate": ("text", "special", "image", "video", "audio"),
+    "special_text_as_one": ("special_text", "image", "video", "audio"),
+    "prompt": ("prompt",),
+}
+
+
+def combine(
+    values: Float[Tensor, "metric modality layer neuron"],
+    weights: Sequence[float] | Mapping[str, float] = DEFAULT_WEIGHTS,
+    metrics: Sequence[str] = METRICS,
+    modalities: Sequence[str] = (),
+) -> Float[Tensor, "modality layer neuron"]:
+    """Weighted sum of the metrics.
+
+    Args:
+        values: Scores.
+        weights: One weight for each metric in order, or a mapping from metric to weight, in
+            which metrics left out weigh 0.
+        metrics: Names of the metrics.
+        modalities: Names of the modalities, for the error message.
+
+    Raises:
+        ValueError: If a weight is missing, unknown, negative or not a number, or all are 0; or
+            if a score that counts is NaN or infinite.
+
+    Example:
+        >>> combine(torch.ones(5, 1, 1, 1), {"prob": 1.0, "max": 2.0}).item()
+        3.0
+    """
+    if isinstance(weights, Mapping):
+        unknown = set(weights) - set(metrics)
+        if unknown:
+            raise ValueError(
+                f"There is no metric {_list(sorted(unknown))}; there are {_list(metrics)}."
+            )
+        weights = [weights.get(metric, 0.0) for metric in metrics]
+    if len(weights) != len(metrics):
+        raise ValueError(
+            f"Got {len(weights)} weights for {len(metrics)} metrics ({_list(metrics)}): give one "
+            f"each, or a mapping such as {{'mean': 1}}."
+        )
+    weights = [float(weight) for weight in weights]
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise ValueError(
+            f"Weights must be 0 or more, finite, and not all 0; got {weights} for {_list(metrics)}."
+        )
+    counted = [metric for metric, weight in enumerate(weights) if weight]
+    used = values[counted]
+    if not used.isfinite().all():
+        metric, modality, layer, neuron = (~used.isfinite()).nonzero()[0].tolist()
+        name = modalities[modality] if modalities else modality
+        raise ValueError(
+            f"Scores contain NaN or infinity, first at metric {metrics[counted[metric]]}, modality "
+            f"{name}, layer {layer}, neuron {neuron}. Mine again in fp32 or bf16, or "
+            f"leave out the samples that overflow."
+        )
+    kept = used.new_tensor([weights[metric] for metric in counted])
+    return einsum(used, kept, "metric modality layer neuron, metric -> modality layer neuron")
+
+
+def adaptive(
+    scores: Float[Tensor, "modality layer neuron"], k: int
+) -> Bool[Tensor, "modality layer neuron"]:
+    """The top `k` of the sum over modalities, each given to the modality it scores highest in."""
+    modality = torch.arange(len(scores), device=scores.device)[:, None, None]
+    return _top(scores.sum(0), k) & (scores.argmax(0) == modality)
+
+
+def la_mu(
+    scores: Float[Tensor, "modality layer neuron"], k: int
+) -> Bool[Tensor, "modality layer neuron"]:
+    """Layers adaptive, modalities uniform: the top `k // modalities` of each modality."""
+    return torch.stack([_top(modality, k // len(scores)) for modality in scores])
+
+
+def lu_ma(
+    scores: Float[Tensor, "modality layer neuron"], k: int
+) -> Bool[Tensor, "modality layer neuron"]:
+    """Layers uniform, modalities adaptive: per layer the top `k // layers` (modality, neuron)."""
+    layers = scores.shape[1]
+    return torch.stack([_top(layer, k // layers) for layer in scores.unbind(1)], 1)
+
+
+def uniform(
+    scores: Float[Tensor, "modality layer neuron"], k: int
+) -> Bool[Tensor, "modality layer neuron"]:
+    """The top `k // (modalities * layers)` of each modality in each layer."""
+    each = k // (scores.shape[0] * scores.shape[1])
+    return torch.stack([lu_ma(modality[None], each * scores.shape[1])[0] for modality in scores])
+
+
+STRATEGIES: dict[str, Callable[..., Tensor]] = {
+    "adaptive": adaptive,
+    "LA_MU": la_mu,
+    "LU_MA": lu_ma,
+    "uniform": uniform,
+    "random": random,
+}
+
+
+def budget(ratio: float, strategy: str, modalities: int, layers: int, neurons: int) -> int:
+    """K, the number of neurons that a ratio stands for: `int(ratio * layers * neurons)`.
+
+    Raises:
+        ValueError: If the strategy is unknown, the ratio lies outside (0, 1], or K leaves some
+            modality or layer that the strategy treats apart without a neuron.
+
+    Example:
+        >>> budget(0.02, "LA_MU", modalities=3, layers=28, neurons=18944)
+        10608
+    """
+    cells = {
+        "adaptive": (1, ""),
+        "LA_MU": (modalities, f" for each of {modalities} modalities"),
+        "LU_MA": (layers, f" for each of {layers} layers"),
+        "uniform": (modalities * layers, f" for each of {modalities} modalities x {layers} layers"),
+        "random": (1, ""),
+    }
+    if strategy not in cells:
+        raise ValueError(f"There is no strategy {strategy!r}; there are {_list(STRATEGIES)}.")
+    if not 0 < ratio <= 1:
+        raise ValueError(
+            f"ratio must lie in (0, 1], as the share of the model's neurons; got {ratio}."
+        )
+    k = int(ratio * layers * neurons)
+    least, each = cells[strategy]
+    if k < least:
+        smallest = math.ceil(least / (layers * neurons) * 1e6) / 1e6
+        while int(smallest * layers * neurons) < least:
+            smallest += 1e-6
+        raise ValueError(
+            f"ratio {ratio} of {layers} layers x {neurons} neurons is {k} neurons; {strategy} "
+            f"needs at least {least}, one{each}. The smallest ratio that works is {smallest:g}."
+        )
+    return k
+
+
+def select(
+    scores: Float[Tensor, "modality layer neuron"], ratio: float, strategy: str, seed: int = 0
+) -> Bool[Tensor, "set layer neuron"]:
+    """Membership of each neuron in each modality's set; `random` gives a single set.
+
+    Args:
+        scores: What `combine` returns, for the modalities to select among.
+        ratio: Share of the model's neurons to select.
+        strategy: One of `STRATEGIES`.
+        seed: Seed of `random`.
+
+    Raises:
+        ValueError: As `budget`.
+
+    Example:
+        >>> scores = torch.tensor([[[0.9, 0.1, 0.2, 0.3]], [[0.1, 0.8, 0.2, 0.3]]])
+        >>> select(scores, 0.5, "LA_MU")[:, 0].nonzero().tolist()
+        [[0, 0], [1, 1]]
+    """
+    modalities, layers, neurons = scores.shape
+    k = budget(ratio, strategy, modalities, layers, neurons)
+    if strategy == "random":
+        return random(layers, neurons, k, seed)[None]
+    return STRATEGIES[strategy](scores, k)
+
+
+def _top(scores: Float[Tensor, " *cell"], k: int) -> Bool[Tensor, " *cell"]:
+    # Not topk: it leaves open which of equal scores it takes.
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[order[:k]] = True
+    return chosen.view(scores.shape)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,233 @@
+"""`batch_size="auto"`: what goes through the model together, and what happens without memory."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import miner_lens as ml
+from miner_lens.models import generation
+from miner_lens.models import loading as models
+from miner_lens.running import batches
+from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixtures)
+from tests.running.test_run import close, image_of, mine, sample
+
+
+@pytest.fixture
+def mixed() -> list[ml.Sample]:
+    """Of many lengths and kinds."""
+    frames = [image_of(colour)["image"] for colour in ("red", "blue", "green", "gray")]
+    samples = [
+        sample("picture", image_of("blue")),
+        sample("words"),
+        sample("pictures", image_of("red"), image_of("green")),
+        sample("clip", {"type": "video", "video": frames}),
+    ]
+    longer = [sample(f"long {n}", {"type": "text", "text": "and " * n * 7}) for n in (5, 1, 4, 2)]
+    large = [sample(f"large {n}", image_of("red", 28 * n)) for n in (4, 2, 5, 3)]
+    return [*samples, *longer, *large] * 3
+
+
+class Sizes:
+    """Notes the shape of each pass, and lets memory run out above some size."""
+
+    def __init__(self, model: Any, most: float = float("inf"), error: Any = None) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self.failed = 0
+        self.most = most
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        layer = model.original_model.get_decoder().layers[3]
+        self.handle = layer.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, module: Any, args: Any, kwargs: Any) -> None:
+        rows, tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        if rows * tokens > self.most:
+            self.failed += 1
+            raise self.error
+        self.shapes.append((rows, tokens))
+
+    def __enter__(self) -> Sizes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+
+
+def test_batches_by_length(shapes: Any, mixed: list[ml.Sample]) -> None:
+    with Sizes(shapes) as alone:
+        one = mine(shapes, mixed)
+    with Sizes(shapes) as together:
+        close(mine(shapes, mixed, batch_size="auto"), one, atol=1e-6)
+    tokens = sum(rows * length for rows, length in alone.shapes)
+    padded = sum(rows * length for rows, length in together.shapes)
+    assert len(together.shapes) < len(alone.shapes) / 2
+    assert padded < 1.2 * tokens
+    pairs = []
+    for item in mixed[:4]:
+        inputs = ml.inputs(shapes, item.messages)
+        pairs.append((inputs, models.layout(shapes).masks(inputs["input"])))
+    close(mine(shapes, pairs, batch_size="auto"), mine(shapes, mixed[:4]), atol=1e-6)
+
+
+def test_what_is_put_together_is_what_the_processor_makes(
+    shapes: Any, mixed: list[ml.Sample]
+) -> None:
+    tokenizer = shapes.processor.tokenizer
+    kinds: dict[str, list[batches.Entry]] = {}
+    for index, item in enumerate(mixed):
+        entry = batches.Entry(index, item, generation.render(shapes, [item.messages]))
+        kinds.setdefault(entry.kind, []).append(entry)
+    assert len(kinds) == 3
+    for entries in kinds.values():
+        apart = [entry.inputs for entry in entries if entry.inputs is not None]
+        made = batches.put_together(apart, tokenizer.pad_token_id)
+        expected = generation.render(shapes, [entry.item.messages for entry in entries])
+        assert made.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(made[name], value), name
+
+
+def test_sounds_are_put_together_alike(hears: Any) -> None:  # noqa: F811
+    conversations = [ask(clip(1)), ask(clip(0.3), clip(1.7, 200)), ask(clip(2, 300))]
+    apart = [generation.render(hears, [messages]) for messages in conversations]
+    made = batches.put_together(apart, hears.processor.tokenizer.pad_token_id)
+    expected = generation.render(hears, conversations)
+    assert made.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(made[name], value), name
+
+
+def test_auto_skips_alike(shapes: Any, mixed: list[ml.Sample]) -> None:
+    broken = sample("broken", {"type": "image", "image": "no/such/file.png"})
+    data = [mixed[0], broken, *mixed[1:]]
+    with pytest.raises(ml.SampleError, match=r"broken: .*no/such/file.png"):
+        mine(shapes, data, batch_size="auto")
+    scores = mine(shapes, data, batch_size="auto", on_error="skip")
+    assert scores.skipped == 1
+    close(scores, mine(shapes, mixed), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+        ),
+        MemoryError(),
+    ],
+)
+def test_auto_backs_off_when_memory_runs_out(
+    shapes: Any, mixed: list[ml.Sample], error: Exception
+) -> None:
+    with Sizes(shapes, most=200, error=error) as seen:
+        scores = mine(shapes, mixed, batch_size="auto")
+    close(scores, mine(shapes, mixed), atol=1e-6)
+    assert 0 < seen.failed < 5
+    assert max(rows for rows, _ in seen.shapes) > 1
+
+
+def test_memory_that_is_too_small_for_one_sample(shapes: Any, mixed: list[ml.Sample]) -> None:
+    for batch_size in (1, "auto"):
+        with (
+            Sizes(shapes, most=20),
+            pytest.raises(torch.OutOfMemoryError) as caught,
+        ):
+            mine(shapes, mixed, batch_size=batch_size)
+        assert "Memory ran out in a pass over" in caught.value.__notes__[0]
+    with Sizes(shapes, error=RuntimeError("another error"), most=20), pytest.raises(RuntimeError):
+        mine(shapes, mixed, batch_size="auto")
+
+
+def test_auto_continues_bit_for_bit(shapes: Any, mixed: list[ml.Sample], tmp_path: Path) -> None:
+    options = {"batch_size": "auto", "checkpoint": tmp_path, "checkpoint_every": 0}
+    with Sizes(shapes, most=200) as whole_sizes:
+        whole = mine(shapes, mixed, batch_size="auto")
+    with Sizes(shapes, most=200) as sizes:
+        for _ in range(3):
+            # Between two passes of a window.
+            handle = shapes.original_model.register_forward_pre_hook(Stop(2))
+            with pytest.raises(InterruptedError):
+                mine(shapes, mixed, **options)
+            handle.remove()
+        resumed = mine(shapes, mixed, **options)
+    assert len(whole_sizes.shapes) > 6
+    assert sizes.shapes == whole_sizes.shapes
+    assert sizes.failed >= whole_sizes.failed > 0
+    assert torch.equal(resumed.values, whole.values)
+    assert torch.equal(resumed.means, whole.means)
+
+
+class Stop:
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, module: Any, args: Any) -> None:
+        self.after -= 1
+        if self.after < 0:
+            raise InterruptedError
+
+
+@given(
+    total=st.integers(0, 6),
+    unmade=st.none() | st.integers(0, 6),
+    unprepared=st.none() | st.integers(0, 5),
+)
+def test_ahead_gives_all_before_the_first_error(
+    total: int, unmade: int | None, unprepared: int | None
+) -> None:
+    def items() -> Any:
+        for number in range(total):
+            if number == unmade:
+                raise LookupError(f"item {number}")
+            yield number
+
+    def prepare(number: int) -> int:
+        if number == unprepared:
+            raise LookupError(f"preparing {number}")
+        return 10 * number
+
+    def result(pairs: Any) -> tuple[list[Any], str | None]:
+        got = []
+        try:
+            for pair in pairs:
+                got.append(pair)
+        except LookupError as error:
+            return got, str(error)
+        return got, None
+
+    one_by_one = ((number, prepare(number)) for number in items())
+    assert result(batches.ahead(items(), prepare)) == result(one_by_one)
+
+
+def test_samples_are_prepared_while_the_model_is_busy(
+    shapes: Any, mixed: list[ml.Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, render, data = [threading.Event() for _ in range(7)], batches.render, mixed[:6]
+    threads, passes = set(), []
+
+    def noting(model: Any, conversations: Any) -> Any:
+        threads.add(threading.current_thread())
+        place = next(n for n, one in enumerate(data) if one.messages is conversations[0])
+        asked[place].set()
+        return render(model, conversations)
+
+    def busy(*_: Any) -> None:
+        passes.append(len(passes))
+        assert len(passes) == len(data) or asked[len(passes)].wait(30)
+
+    monkeypatch.setattr(batches, "render", noting)
+    handle = shapes.original_model.register_forward_pre_hook(busy)
+    try:
+        mine(shapes, data)
+    finally:
+        handle.remove()
+    assert len(passes) == len(data)
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)

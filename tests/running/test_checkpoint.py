@@ -1,0 +1,420 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import miner_lens as ml
+from miner_lens import files
+from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint, Past
+from miner_lens.running.shares import Leg, deal
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+# Loads everything once; the runs that are killed are forks of this process.
+KILLING = """
+import json, mmap, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import miner_lens as ml
+from tests.running.test_checkpoint import items_in, same
+
+out, kills = Path(sys.argv[1]), int(sys.argv[2])
+model = ml.load("shapes", device="cpu")
+data = ml.datasets.load("easy-vqa", limit=60, ask="both")
+begun = mmap.mmap(-1, 8)  # how many samples the model was given in this process
+
+
+def count(module, args, inputs):
+    rows = len(inputs["input_ids"])
+    begun[:] = (int.from_bytes(begun[:], "little") + rows).to_bytes(8, "little")
+
+
+model.original_model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def run(folder, batch_size, samples):
+    every = 0.0 if samples is None else 1000.0
+    return ml.run(
+        model, iter(data), ml.ImportanceAnalyzer(), batch_size=batch_size, progress=False,
+        checkpoint=folder, checkpoint_every=every, checkpoint_every_samples=samples,
+    )
+
+
+generator = random.Random(0)
+report = {"kills": 0, "finished": 0, "resumed": 0, "lost": []}
+# How large a batch is, after how many samples to write, and what may be lost: the interval, with
+# the pass that was running.
+settings = [(3, None, 3), (3, 6, 9), ("auto", None, 32)]
+whole = {}
+for batch_size, samples, _ in settings:
+    start = time.perf_counter()
+    whole[batch_size] = run(out / "whole", batch_size, samples)
+    seconds = time.perf_counter() - start
+    for file in (out / "whole").iterdir():
+        file.unlink()
+for number, (batch_size, samples, allowed) in enumerate(settings):
+    share = kills * (number + 1) // len(settings)
+    folder, before, finished = out / f"run-{number}", 0, False
+    while report["kills"] < share or not finished:
+        if finished:  # before it was killed often enough
+            folder, before = out / f"run-{number}-{report['kills']}", 0
+        begun[:] = bytes(8)
+        child = os.fork()
+        if child == 0:
+            run(folder, batch_size, samples).save(folder / "scores.safetensors")
+            os._exit(0)
+        if report["kills"] < share:
+            time.sleep(generator.uniform(0, seconds / 2))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        finished = status == 0
+        if finished:
+            scores = ml.ImportanceScores.load(folder / "scores.safetensors")
+            same(scores, whole[batch_size])
+            assert not list(folder.glob(".leg-*")), list(folder.iterdir())
+            report["finished"] += 1
+            continue
+        assert status == signal.SIGKILL, status
+        report["kills"] += 1
+        report["resumed"] += before > 0
+        kept, reached = items_in(folder), before + int.from_bytes(begun[:], "little")
+        assert kept >= before, (kept, before)
+        assert kept >= reached - allowed, (kept, reached)
+        report["lost"].append(max(0, reached - kept))
+        before = kept
+print(json.dumps(report))
+"""
+
+
+class StopHereError(Exception):
+    pass
+
+
+def stopping(data: list[ml.Sample], after: int) -> Any:
+    yield from data[:after]
+    raise StopHereError
+
+
+def mine(model: Any, data: Any, folder: Path | None = None, **options: Any) -> Any:
+    options = {"batch_size": 4, "checkpoint_every": 0.0} | options
+    return ml.mine(model, data, progress=False, checkpoint=folder, **options)
+
+
+def items_in(folder: Path) -> int:
+    """How many samples the newest file in a folder covers."""
+    if not folder.exists():
+        return 0
+    return max((files.read(path, KIND)[1]["items"] for path in written(folder)), default=0)
+
+
+def written(folder: Path) -> list[Path]:
+    """The finished files, without the lock."""
+    return list(folder.glob("leg-*"))
+
+
+def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
+    assert torch.equal(a.values, b.values)
+    assert torch.equal(a.means, b.means)
+    assert (a.samples, a.occurrences, a.skipped, a.identity) == (
+        b.samples,
+        b.occurrences,
+        b.skipped,
+        b.identity,
+    )
+
+
+def test_every_item_is_dealt_once() -> None:
+    """Legs of 3, 1 and 2 ranks, broken off here and there, against sets of items."""
+    size, units = 3, 20
+    legs, left = [], {unit: set(range(size)) for unit in range(units)}
+    generator = random.Random(0)
+    for world in (3, 1, 2):
+        dealt: dict[int, list[int]] = {rank: [] for rank in range(world)}
+        for unit, (rank, part) in enumerate(
+            itertools.islice(deal([*legs, Leg.fresh(world)]), units)
+        ):
+            assert (rank is None) == (not left[unit])
+            if rank is not None:
+                assert part == set(range(size)) - left[unit]
+                dealt[rank].append(unit)
+        assert sorted(itertools.chain(*dealt.values())) == [unit for unit in left if left[unit]]
+        done, parts = [], []
+        for own in dealt.values():
+            done.append(generator.randrange(4))
+            for unit in own[: done[-1]]:
+                left[unit] = set()
+            parts.append(tuple(sorted(left[own[done[-1]]])[:1]))
+            left[own[done[-1]]] -= set(parts[-1])
+        legs.append(Leg(tuple(done), tuple(parts)))
+
+
+@pytest.fixture(scope="module")
+def data() -> list[ml.Sample]:
+    both = ml.datasets.load("easy-vqa", limit=22, ask="both")
+    broken = ml.Sample(
+        [{"role": "user", "content": [{"type": "image", "image": "no/such/file"}]}], (), "broken"
+    )
+    return [*both[:9], broken, *both[9:]]
+
+
+def test_continues_bit_for_bit(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    whole = mine(shapes, data, on_error="skip")
+    for after in (6, 12, 19):
+        with pytest.raises(StopHereError):
+            mine(shapes, stopping(data, after), tmp_path, on_error="skip")
+    same(mine(shapes, data, tmp_path, on_error="skip"), whole)
+    assert whole.skipped == 1
+
+
+def test_a_finished_run_is_not_run_again(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = mine(shapes, data[:8], tmp_path)
+    monkeypatch.setattr("miner_lens.running.work._forward", None)
+    same(mine(shapes, data[:8], tmp_path), first)
+
+
+def test_writes_only_when_it_is_time(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    with pytest.raises(StopHereError):
+        mine(shapes, stopping(data, 9), tmp_path / "rarely", checkpoint_every=1000)
+    assert not written(tmp_path / "rarely")
+    mine(shapes, data[:8], tmp_path / "rarely", checkpoint_every=1000)
+    assert len(written(tmp_path / "rarely")) == 1
+
+
+def test_fifty_kills(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLING, str(tmp_path), "50"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] == 50
+    assert report["resumed"] >= 10
+    assert report["finished"] >= 3
+
+
+def test_clears_up_after_a_first_write_that_was_cut_off(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    """Nothing else is in the folder then, so there is nothing to continue, but half a file."""
+    half = tmp_path / f".{NAME.format(leg=0, rank=0, world=1, slot=1)}.half"
+    half.write_bytes(b"half")
+    same(mine(shapes, data[:4], tmp_path), mine(shapes, data[:4]))
+    assert not half.exists()
+
+
+def test_writes_after_so_many_samples(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    with pytest.raises(StopHereError):
+        ml.run(
+            shapes,
+            stopping(data, 9),
+            ml.ImportanceAnalyzer(),
+            batch_size=2,
+            progress=False,
+            checkpoint=tmp_path,
+            checkpoint_every=1000,
+            checkpoint_every_samples=3,
+        )
+    assert items_in(tmp_path) == 8
+    assert len(written(tmp_path)) == 2
+
+
+def test_more_data_afterwards(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    mine(shapes, data[:7], tmp_path)
+    more = mine(shapes, data[:9], tmp_path)
+    assert more.samples == 9
+    torch.testing.assert_close(more.values, mine(shapes, data[:9]).values, atol=1e-6, rtol=0)
+
+
+class Opened:
+    """A data set that makes its samples when asked for them, and counts how often."""
+
+    def __init__(self, samples: list[ml.Sample]) -> None:
+        self.samples = samples
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> ml.Sample:
+        self.asked.append(index)
+        return self.samples[index]
+
+
+def test_what_is_done_is_hardly_opened_again(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miner_lens.running.shares.SPOT_CHECKS", 2)
+    mine(shapes, Opened(data[:8]), tmp_path)
+    again = Opened(data[:9])
+    mine(shapes, again, tmp_path)
+    assert again.asked == [0, 4, 8]
+    with pytest.raises(ValueError, match="written over other data"):
+        mine(shapes, Opened(data[1:9]), tmp_path)
+
+
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_one_changed_word_is_refused(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, batch_size: Any
+) -> None:
+    with pytest.raises(StopHereError):
+        mine(shapes, stopping(data * 3, 40), tmp_path, batch_size=batch_size, on_error="skip")
+    other = data * 3
+    other[5] = ml.Sample([{"role": "user", "content": "another question"}], (), other[5].id)
+    with pytest.raises(ValueError, match="written over other data"):
+        mine(shapes, other, tmp_path, batch_size=batch_size, on_error="skip")
+
+
+def test_samples_of_odd_shape_are_skipped_with_a_checkpoint_too(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    odd = [ml.Sample([message]) for message in ({"role": "user"}, "words", {"content": [1]})]
+    scores = mine(shapes, [data[0], *odd], tmp_path, on_error="skip")  # type: ignore[list-item]
+    assert (scores.samples, scores.skipped) == (1, 3)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_file(shapes: Any, data: list[ml.Sample], tmp_path: Path, damage: str) -> None:
+    def spoil(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        if damage == "truncated":
+            content = content[: len(content) // 2]
+        else:
+            content[-100] ^= 1
+        path.write_bytes(content)
+
+    with pytest.raises(StopHereError):
+        mine(shapes, stopping(data, 8), tmp_path)
+    newest = max(written(tmp_path), key=lambda path: files.read(path, KIND)[1]["writes"])
+    spoil(newest)
+    with pytest.warns(UserWarning, match="Continuing from the checkpoint before"):
+        resumed = mine(shapes, data[:8], tmp_path)
+    same(resumed, mine(shapes, data[:8]))
+    for path in written(tmp_path):
+        spoil(path)
+    with pytest.raises(ValueError, match="No intact checkpoint"):
+        mine(shapes, data[:8], tmp_path)
+
+
+class Numbers:
+    """An analyzer with a small state."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.arange(3.0)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"numbers": self.numbers}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.numbers = state["numbers"]
+
+
+def test_damage_anywhere(tmp_path: Path) -> None:
+    """A bit flipped in any byte, or a cut: never taken for a checkpoint, or it changed nothing."""
+    checkpoint = Checkpoint(tmp_path, 0, None, {"model": "m"})
+    record = Past.none(1).record(0)
+    record.note({0: "item"}, 0, 0)
+    checkpoint.write(record, [Numbers()])
+    (path,) = written(tmp_path)
+    good = path.read_bytes()
+    damages = [good[:length] for length in range(0, len(good), 7)]
+    generator = random.Random(0)
+    for place, byte in enumerate(good):
+        flipped = bytes([byte ^ 1 << generator.randrange(8)])
+        damages.append(good[:place] + flipped + good[place + 1 :])
+    refused = 0
+    for damage in damages:
+        path.write_bytes(damage)
+        try:
+            past = checkpoint.past(1)
+            analyzer = Numbers()
+            checkpoint.restore(past.names[0], past.record(0), [analyzer])
+        except ValueError:
+            refused += 1
+        else:
+            assert past.record(0) == record
+            assert torch.equal(analyzer.numbers, torch.arange(3.0))
+    assert refused >= len(damages) - 2
+
+
+def test_full_disk(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses to write on in the middle of the second file."""
+    real, calls = files.save_file, []
+
+    def fill(tensors: Any, path: str, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) > 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        real(tensors, path, **options)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(files, "save_file", fill)
+    try:
+        with pytest.raises(OSError, match=r"leg-0.*could not be written .*before is intact"):
+            mine(shapes, data[:9], tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(calls) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        NAME.format(leg=0, rank=0, world=1, slot=1),
+        LOCK,
+    }
+    monkeypatch.undo()
+    same(mine(shapes, data[:9], tmp_path), mine(shapes, data[:9]))
+
+
+def test_two_runs_at_once_are_refused(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    def meanwhile() -> Any:
+        yield from data[:5]
+        with pytest.raises(ValueError, match=f"Another run is using {tmp_path}"):
+            mine(shapes, data[:8], tmp_path)
+        yield from data[5:8]
+
+    same(mine(shapes, meanwhile(), tmp_path), mine(shapes, data[:8]))
+    same(mine(shapes, data[:8], tmp_path), mine(shapes, data[:8]))
+
+
+def test_a_file_that_grows_after_it_was_counted_is_refused(tmp_path: Path) -> None:
+    """A rank of a run that lost its rank 0 may still be writing when the next run has begun."""
+    checkpoint = Checkpoint(tmp_path, 0, None, {"model": "m"})
+    late = Past.none(2).record(1)
+    for index in range(3):
+        late.note({index: "item"}, 0, 0)
+        checkpoint.write(late, [Numbers()])
+    past = checkpoint.past(1)
+    assert len(list(checkpoint.earlier(past, 1))) == 1
+    late.note({3: "item"}, 0, 0)
+    for _ in range(2):  # both places
+        checkpoint.write(late, [Numbers()])
+    with pytest.raises(ValueError, match="it covers 4 samples, not 3"):
+        list(checkpoint.earlier(past, 1))
+
+
+def test_other_runs_are_refused(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    with pytest.raises(StopHereError):
+        mine(shapes, stopping(data, 8), tmp_path)
+    for options in ({"attention": "causal"}, {"batch_size": 2}, {"on_error": "skip"}):
+        with pytest.raises(ValueError, match="holds another run"):
+            mine(shapes, data[:8], tmp_path, **options)
+    for other in (data[1:9], data[:3]):
+        with pytest.raises(ValueError, match="written over other data"):
+            mine(shapes, other, tmp_path)
+    half = ml.load("shapes", device="cpu")
+    with torch.no_grad():
+        half.original_model.get_decoder().layers[0].mlp.gate_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="holds another run"):
+        mine(half, data[:8], tmp_path)
+    same(mine(shapes, data[:8], tmp_path), mine(shapes, data[:8]))

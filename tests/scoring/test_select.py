@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miner_lens.scoring import select
+from miner_lens.scoring.scores import ImportanceScores
+from tests.reference import load
+
+few = settings(max_examples=20, deadline=None)
+scores_ = st.builds(
+    lambda seed, m, n: torch.rand(m, 3, n, generator=torch.Generator().manual_seed(seed)),
+    st.integers(0, 2**31),
+    st.integers(1, 4),
+    st.integers(20, 40),
+)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_reference(number: int) -> None:
+    data = load(f"select_{number}.npz")
+    names = [str(name) for name in data["modalities"]]
+    scores = ImportanceScores(torch.tensor(data["ism"]), names)
+    split = {"special_text": "special_text_as_one", "prompt": "prompt"}.get(
+        names[0], "special_text_separate"
+    )
+    for i, case in enumerate(json.loads(str(data["cases"]))):
+        chosen = scores.select(case["ratio"], case["strategy"], case["weights"], split)
+        assert list(chosen) == names
+        for name in names:
+            expected = [tuple(pair) for pair in data[f"case{i}_{name}"].tolist()]
+            assert list(chosen[name]) == sorted(expected), (case, name)
+
+
+@few
+@given(scores_, st.floats(0.2, 1.0))
+def test_sizes(scores: torch.Tensor, ratio: float) -> None:
+    modalities, layers, neurons = scores.shape
+    k = int(ratio * layers * neurons)
+    chosen = {name: select.select(scores, ratio, name) for name in select.STRATEGIES}
+    assert chosen["adaptive"].sum() == k
+    assert chosen["adaptive"].sum(0).max() == 1
+    assert chosen["LA_MU"].sum((1, 2)).tolist() == [k // modalities] * modalities
+    assert chosen["LU_MA"].sum((0, 2)).tolist() == [k // layers] * layers
+    assert (chosen["uniform"].sum(2) == k // (modalities * layers)).all()
+    assert chosen["random"].shape == (1, layers, neurons)
+    assert chosen["random"].sum() == k
+
+
+@few
+@given(scores_)
+def test_the_best_are_chosen(scores: torch.Tensor) -> None:
+    chosen = select.select(scores, 0.3, "LA_MU")
+    for mask, modality in zip(chosen, scores, strict=True):
+        assert modality[mask].min() >= modality[~mask].max()
+
+
+def test_ties_take_the_lowest_index() -> None:
+    scores = torch.ones(2, 3, 1000)
+    assert select.select(scores, 0.1, "adaptive")[0].flatten()[:300].all()
+    assert select.select(scores, 0.1, "LA_MU")[:, 0, :150].all()
+    assert select.select(scores, 0.1, "LU_MA")[0, :, :100].all()
+    assert select.select(scores, 0.1, "uniform")[:, :, :50].all()
+
+
+def test_random_is_seeded_and_without_replacement() -> None:
+    first = select.random(4, 50, 20, seed=3)
+    assert torch.equal(first, select.random(4, 50, 20, seed=3))
+    assert not torch.equal(first, select.random(4, 50, 20, seed=4))
+    assert first.sum() == 20
+    assert select.random(4, 50, 200).all()
+    counts = Counter(select.random(2, 5, 1, seed).flatten().nonzero().item() for seed in range(200))
+    assert len(counts) == 10
+
+
+def test_weights_as_a_mapping() -> None:
+    values = torch.rand(5, 2, 3, 4)
+    by_name = select.combine(values, {"mean": 0.25, "max": 0.25, "attn_k": 0.5})
+    assert torch.equal(by_name, select.combine(values))
+    torch.testing.assert_close(by_name, (values[1] + values[2]) / 4 + values[3] / 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0, 2.0), r"Got 2 weights for 5 metrics \(prob, mean"),
+        ((0.0,) * 5, "not all 0"),
+        ((-1.0, 0.0, 0.0, 0.0, 2.0), "0 or more"),
+        ((float("nan"), 1.0, 1.0, 1.0, 1.0), "finite"),
+        ({"median": 1.0}, "no metric median; there are prob, mean"),
+        ({}, "not all 0"),
+    ],
+)
+def test_bad_weights(weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select.combine(torch.rand(5, 1, 1, 4), weights)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers(bad: float) -> None:
+    values = torch.rand(5, 2, 3, 4)
+    values[3, 1, 2, 0] = bad
+    with pytest.raises(ValueError, match="attn_k, modality 1, layer 2, neuron 0"):
+        select.combine(values)
+    with pytest.raises(ValueError, match="modality image"):
+        ImportanceScores(values, ("text", "image")).select(0.5)
+    assert select.combine(values, {"prob": 1.0}).isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("strategy", select.STRATEGIES)
+def test_ratio_out_of_range(ratio: float, strategy: str) -> None:
+    with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\].*got"):
+        select.select(torch.rand(2, 3, 50), ratio, strategy)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "least", "each"),
+    [
+        ("adaptive", 1, "one"),
+        ("LA_MU", 2, "one for each of 2 modalities"),
+        ("LU_MA", 3, "one for each of 3 layers"),
+        ("uniform", 6, "one for each of 2 modalities x 3 layers"),
+        ("random", 1, "one"),
+    ],
+)
+def test_ratio_too_small(strategy: str, least: int, each: str) -> None:
+    scores = torch.rand(2, 3, 70)
+    with pytest.raises(ValueError, match=f"at least {least}, {each}") as caught:
+        select.select(scores, 0.9 * least / 210, strategy)
+    smallest = float(str(caught.value).rstrip(".").split()[-1])
+    assert select.select(scores, smallest, strategy).sum() >= least
+
+
+@few
+@given(st.integers(1, 40), st.integers(10, 20_000), st.integers(1, 5))
+def test_the_smallest_ratio_named_works(layers: int, neurons: int, modalities: int) -> None:
+    with pytest.raises(ValueError, match="smallest ratio") as caught:
+        select.budget(1e-9, "uniform", modalities, layers, neurons)
+    smallest = float(str(caught.value).rstrip(".").split()[-1])
+    assert select.budget(smallest, "uniform", modalities, layers, neurons) >= modalities * layers
+
+
+def test_unknown_strategy() -> None:
+    with pytest.raises(ValueError, match="no strategy 'best'; there are adaptive, LA_MU, LU_MA"):
+        select.select(torch.rand(2, 3, 50), 0.1, "best")
