@@ -18,7 +18,7 @@ from benchmarks import measure, models
 from benchmarks.measure import Workload
 from benchmarks.published import naive, published
 from benchmarks.results import Result, Target
-from miner_lens.models.loading import identity
+from miner_lens.models.access import identity
 
 ABLATED = 0.02
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,8 +12,8 @@ from PIL import Image
 import miner_lens as ml
 from benchmarks.measure import Workload
 from benchmarks.pair import Pair
+from miner_lens.models.access import layout
 from miner_lens.models.generation import prepare_inputs
-from miner_lens.models.loading import layout
 
 SAMPLES = 40
 PIXELS = (980, 960)

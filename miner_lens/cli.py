@@ -44,12 +44,13 @@ def info(model: Model) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from miner_lens.models import loading as models
+    from miner_lens.models import access as models
     from miner_lens.models import sites
+    from miner_lens.models.bridge import hf_model_of
 
     bridge = _load(model)
     with _clear_errors():
-        places = sites.sites(models.hf_model_of(bridge))
+        places = sites.sites(hf_model_of(bridge))
         identities = {name: models.identity(bridge, name) for name in places}
     try:
         known = models.layout(bridge)

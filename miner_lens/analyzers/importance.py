@@ -10,18 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from miner_lens.analyzers.passes import Pass, PromptPass, TowerPass
-from miner_lens.data.sample import SampleError
-from miner_lens.models import sites
-from miner_lens.models.identity import ModelIdentity
-from miner_lens.models.loading import hf_model_of, identity, layout, prepare
-from miner_lens.running.run import Batch, BatchSize, Data, Hook, OnError, State, run
+from miner_lens.analyzers.attention_sums import AttentionSums
+from miner_lens.models.points import Point, activation_points
+from miner_lens.running.analyzer import Analyzer
+from miner_lens.running.batch import Batch, TowerBatch
+from miner_lens.running.batches import BatchSize
+from miner_lens.running.passes import OnError
+from miner_lens.running.run import Data, run
+from miner_lens.scoring import kernels
 from miner_lens.scoring.scores import ImportanceScores
 
+MEAN = kernels.METRICS.index("mean")
 AttentionMode = Literal["bidirectional", "causal"]
 
 
-class ImportanceAnalyzer:
+class ImportanceAnalyzer(Analyzer[ImportanceScores]):
     """Scores every neuron of a site by modality (MINER, stages 1 to 3).
 
     Args:
@@ -42,77 +45,15 @@ class ImportanceAnalyzer:
     ) -> None:
         if attention not in ("bidirectional", "causal"):
             raise ValueError(f"attention must be 'bidirectional' or 'causal', not {attention!r}.")
+        super().__init__(site)
         self.attention = attention
         self.data = data
-        self.site = site
-        self.identity: ModelIdentity | None = None
-        self.modalities: tuple[str, ...] = ()
-        self._samples = 0
-        self._skipped = 0
-        self._occurrences: dict[str, int] = {}
-        self._scores: dict[str, Tensor] = {}
-        self._means: dict[str, Tensor] = {}
-        self._pass: Pass | None = None
+        self._sums = AttentionSums(site, causal=site == "llm" and attention == "causal")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What two analyzers must share to be merged or continued."""
+        """What two analyzers must share to be merged or continued; not the name of the data."""
         return {"attention": self.attention, "site": self.site}
-
-    def hooks(self, model: Any, batch: Batch | None = None) -> list[Hook]:
-        """Hooks on Q, K and X of every layer; see `Analyzer.hooks`."""
-        prepare(model)
-        if batch is None or self.identity is None:
-            self.begin(model)
-        assert self.identity is not None
-        if batch is None:
-            return self._plain_hooks(model)
-        reading = self._reading(model)
-        if isinstance(reading, TowerPass):
-            try:
-                reading.begin(batch.inputs, len(batch.ids))
-            except ValueError as error:
-                raise SampleError(f"{', '.join(batch.ids)}: {error}") from error
-        else:
-            reading.begin(batch.masks, batch.real)
-        self._pass = reading
-        return reading.hooks(self.identity.layers)
-
-    def _reading(self, model: Any) -> PromptPass | TowerPass:
-        site = sites.find(hf_model_of(model), self.site)
-        if isinstance(site, sites.Tower):
-            return TowerPass(site, hf_model_of(model))
-        return PromptPass({}, torch.empty(0), self.attention == "causal")
-
-    def _plain_hooks(self, model: Any) -> list[Hook]:
-        """Hooks for `run_with_hooks`; they read masks off the ids and pass decoding steps by."""
-        known = layout(model)
-        inputs = model._miner_lens_inputs
-        reading = self._reading(model)
-        batches: list[Batch] = []
-
-        def begin(ids: Tensor, hook: Any) -> None:
-            real = torch.ones_like(ids, dtype=torch.bool) if inputs.real is None else inputs.real
-            masks = known.masks(ids, real)
-            batches[:] = [Batch({"input_ids": ids}, masks, tuple(map(str, range(len(ids)))))]
-            if isinstance(reading, TowerPass):
-                reading.begin(inputs.all, len(ids))
-                reading.decoding = _continues(inputs.all)
-            else:
-                reading.begin(masks, real)
-            self._pass = reading
-
-        def end(residual: Tensor, hook: Any) -> None:
-            if reading.decoding:
-                return
-            self.check(batches[0])
-            self.update(batches[0])
-            if isinstance(reading, TowerPass):
-                reading.begin(None, 0)
-
-        assert self.identity is not None
-        inner = reading.hooks(self.identity.layers)
-        return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
 
     def begin(self, model: Any) -> None:
         """Note the model; refuse another one than before, or one whose pattern is not computed.
@@ -121,143 +62,79 @@ class ImportanceAnalyzer:
             ValueError: For causal attention, the model's own pattern has a sliding window, a soft
                 cap or another scale.
         """
-        self._remember(identity(model, self.site))
-        if self.site == "llm" and self.attention == "causal":
+        super().begin(model)
+        if self._sums.causal:
             _require_plain_attention(model)
 
-    def check(self, batch: Batch) -> None:
-        """Raise `SampleError` naming layer and sample where an activation is NaN or infinite."""
-        seen = self._seen()
-        if isinstance(seen, TowerPass):
-            seen.finish()
-        # The layers of a model may lie on several devices; only the last step waits for them.
-        finite = torch.stack([rows.to(seen.finite[0].device) for rows in seen.finite]).cpu()
-        if bool(finite.all()):
+    def needs(self) -> list[AttentionSums]:
+        """The attention sums of every layer, shared with other analyzers."""
+        return [self._sums]
+
+    def points(self, model: Any) -> list[Point]:
+        """X of every layer."""
+        return activation_points(model, self.site)
+
+    def see(self, x: Tensor, point: Point, batch: Batch) -> None:
+        """Add up normalised scores and mean activations of a layer."""
+        if isinstance(batch, TowerBatch):
+            self._see_tower(x, point, batch)
             return
-        layer, row = (~finite).nonzero()[0].tolist()
-        where = f"layer {layer}" if self.site == "llm" else f"layer {layer} of site {self.site!r}"
-        raise SampleError(
-            f"{batch.ids[row]}: NaN or infinite activations in {where}. Load the model in a "
-            "wider dtype (float32 or bfloat16 rather than float16), or leave the sample out with "
-            "on_error='skip'."
-        )
+        masks = batch.stacked.to(x.device)
+        sums = self._sums.of_layer(batch, point.layer)
+        self._add_scores(x, sums.to(x.device), masks, point, tuple(batch.masks), batch.parts)
 
-    def update(self, batch: Batch) -> None:
-        """Add the scores of this batch's samples to the sums."""
-        seen = self._seen()
-        self._samples += len(batch.ids)
-        present = seen.present()
-        for index, modality in enumerate(seen.modalities):
-            # The layers of a model may lie on several devices; the sums lie on the first's.
-            device = seen.scores[0].device
-            scores = torch.stack([layer[:, index].to(device) for layer in seen.scores], 1)
-            means = torch.stack([layer[index].to(device) for layer in seen.means])
-            self._add(modality, _wide(scores), _wide(means), present[index])
-        self._pass = None
+    def _see_tower(self, x: Tensor, point: Point, batch: TowerBatch) -> None:
+        # Attention stays within an image or a frame, so each sample is one product by itself.
+        all_sums = self._sums.of_call(batch, point.layer)
+        for number, (sample, start, stop) in enumerate(batch.spans):
+            masks = batch.stacked[sample : sample + 1, :, : stop - start].to(x.device)
+            rows = x[sample : sample + 1, : stop - start]
+            if all_sums is None:
+                sums = torch.zeros(1, 2, *masks.shape[1:], device=x.device)
+            else:
+                sums = all_sums[number].to(x.device)
+            self._add_scores(rows, sums, masks, point, tuple(batch.masks), None)
 
-    def skip(self, samples: int) -> None:
-        """Count samples that could not be used."""
-        self._skipped += samples
-
-    def merge(self, other: ImportanceAnalyzer) -> ImportanceAnalyzer:
-        """What both have seen together."""
-        if self.site != other.site:
-            raise ValueError(
-                f"Cannot merge scores of site {self.site!r} with scores of site {other.site!r}."
-            )
-        if self.attention != other.attention:
-            raise ValueError(
-                f"Cannot merge scores under {self.attention} attention with scores under "
-                f"{other.attention} attention."
-            )
-        merged = ImportanceAnalyzer(self.attention, self.data, self.site)
-        for part in (self, other):
-            if part.identity is not None:
-                merged._remember(part.identity)
-            merged._samples += part._samples
-            merged._skipped += part._skipped
-            for modality in part.modalities:
-                merged._add(
-                    modality,
-                    part._scores[modality].clone(),
-                    part._means[modality].clone(),
-                    part._occurrences[modality],
-                )
-        return merged
-
-    def state(self) -> State:
-        """Sums of scores and of means by modality, with the counts that they are sums over."""
-        state = {
-            "samples": torch.tensor(self._samples),
-            "skipped": torch.tensor(self._skipped),
-            "causal": torch.tensor(self.attention == "causal"),
-        }
-        for index, modality in enumerate(self.modalities):
-            # The number keeps the order of modalities, which files do not.
-            name = f"{index:03}.{modality}"
-            state[f"{name}.scores"] = self._scores[modality].clone()
-            state[f"{name}.means"] = self._means[modality].clone()
-            state[f"{name}.occurrences"] = torch.tensor(self._occurrences[modality])
-        return state
-
-    def restore(self, state: State) -> None:
-        """Continue from what `state` returned.
-
-        Raises:
-            ValueError: The state was made under the other kind of attention.
-        """
-        if bool(state["causal"]) != (self.attention == "causal"):
-            raise ValueError(f"The state is not of scores under {self.attention} attention.")
-        self._samples = int(state["samples"])
-        self._skipped = int(state["skipped"])
-        self.modalities = ()
-        names = (key.removesuffix(".scores") for key in sorted(state) if key.endswith(".scores"))
-        for name in names:
-            parts = (state[f"{name}.{part}"].clone() for part in ("scores", "means", "occurrences"))
-            scores, means, occurrences = parts
-            self._add(name.partition(".")[2], scores, means, int(occurrences))
+    def _add_scores(
+        self,
+        x: Tensor,
+        sums: Tensor,
+        masks: Tensor,
+        point: Point,
+        modalities: tuple[str, ...],
+        parts: list[tuple[int, ...]] | None,
+    ) -> None:
+        raw = kernels.statistics(x, sums, masks, parts)
+        scores, means = kernels.normalise(raw, masks).sum(0), raw[:, MEAN].sum(0)
+        for index, modality in enumerate(modalities):
+            self.sum(f"{modality}.scores", scores[:, index], at=point.layer)
+            self.sum(f"{modality}.means", means[index], at=point.layer)
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0."""
-        if self._samples == 0:
+        if self.samples == 0 or self.identity is None:
             raise ValueError("No sample has been seen, so there are no scores.")
-        scores = [self._scores[modality] / self._samples for modality in self.modalities]
-        means = [
-            self._means[modality] / max(1, self._occurrences[modality])
-            for modality in self.modalities
-        ]
+        counts, shape = self.occurrences, (self.identity.layers, self.identity.neurons)
+        none = {"scores": torch.zeros(*shape[:1], len(kernels.METRICS), shape[1])}
+        none["means"] = torch.zeros(shape)
+        found = {
+            (name, what): (self[f"{name}.{what}"] if f"{name}.{what}" in self else none[what]).cpu()
+            for name in counts
+            for what in ("scores", "means")
+        }
+        # [layer metric neuron] each, as they were seen.
+        scores = [found[name, "scores"].transpose(0, 1) / self.samples for name in counts]
+        means = [found[name, "means"] / max(1, count) for name, count in counts.items()]
         return ImportanceScores(
-            torch.stack(scores, dim=1).float().cpu(),
-            self.modalities,
-            samples=self._samples,
-            occurrences=tuple(self._occurrences[modality] for modality in self.modalities),
-            skipped=self._skipped,
-            means=torch.stack(means).float().cpu(),
+            torch.stack(scores, dim=1).float(),
+            tuple(counts),
+            samples=self.samples,
+            occurrences=tuple(counts.values()),
+            skipped=self.skipped,
+            means=torch.stack(means).float(),
             identity=self.identity,
             info={"attention": self.attention, "data": self.data, "versions": _versions()},
         )
-
-    def _remember(self, model: ModelIdentity) -> None:
-        if self.identity is not None:
-            self.identity.check(model)
-        self.identity = model
-
-    def _seen(self) -> Pass:
-        if self._pass is None or not (self._pass.scores or isinstance(self._pass, TowerPass)):
-            raise RuntimeError("The hooks have seen no forward pass since the last update.")
-        return self._pass
-
-    def _add(self, modality: str, scores: Tensor, means: Tensor, occurrences: int) -> None:
-        if modality not in self.modalities:
-            self.modalities = (*self.modalities, modality)
-            self._scores[modality] = scores
-            self._means[modality] = means
-            self._occurrences[modality] = occurrences
-        else:
-            # Restored sums lie on the CPU at first.
-            self._scores[modality] = self._scores[modality].to(scores.device) + scores
-            self._means[modality] = self._means[modality].to(means.device) + means
-            self._occurrences[modality] += occurrences
 
 
 def mine(
@@ -336,17 +213,6 @@ def _require_plain_attention(model: Any) -> None:
                 f"attention='causal' scores plain softmax(QK^T / sqrt d), but layer {layer} of "
                 f"this model attends with {' and '.join(found)}. Use attention='bidirectional'."
             )
-
-
-def _continues(inputs: dict[str, Any]) -> bool:
-    """Whether a pass continues an earlier one, as steps of generation do."""
-    cache = inputs.get("past_key_values")
-    return cache is not None and cache.get_seq_length() > 0
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """float64 where the device has it, so that sums over many samples stay exact."""
-    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 def _versions() -> dict[str, str]:

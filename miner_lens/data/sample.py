@@ -33,6 +33,11 @@ class Sample:
     messages: Sequence[Message]
     answers: tuple[str, ...] = ()
     id: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def of(cls, item):
+        return item if isinstance(item, cls) else cls(item['messages'], tuple(item['answers']), item.get('id'))
 
 
 class SampleError(ValueError):

@@ -1,8 +1,9 @@
 """What is analysed? Models, and where in them neurons, tokens and attention are."""
 
+from miner_lens.models.bridge import wrap
 from miner_lens.models.generation import generate, inputs
 from miner_lens.models.identity import ModelIdentity
-from miner_lens.models.loading import load, wrap
+from miner_lens.models.loading import load
 from miner_lens.models.modality import ModalityLayout
 
 __all__ = ["ModalityLayout", "ModelIdentity", "generate", "inputs", "load", "wrap"]

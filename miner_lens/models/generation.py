@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
-from miner_lens.models.loading import hf_model_of, is_bridge
+from miner_lens.models.bridge import hf_model_of, is_bridge
 
 Inputs = dict[str, Any]
 

@@ -13,15 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from miner_lens.models import sites
-from miner_lens.models.loading import (
-    PassInputs,
-    hf_model_of,
-    identity,
-    is_bridge,
-    layout,
-    mlps,
-    prepare,
-)
+from miner_lens.models.access import identity, layout, mlps
+from miner_lens.models.bridge import PassInputs, hf_model_of, is_bridge, prepare
 from miner_lens.models.sites import MLP, Rows, Tower
 from miner_lens.neurons.neuron_set import NeuronSet
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miner_lens.models.loading import hf_model_of, mlps
+from miner_lens.models.access import mlps
+from miner_lens.models.bridge import hf_model_of
 from miner_lens.neurons.ablation import Neurons, check_neurons
 
 ABLATED = "ablated_neurons.safetensors"

@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from miner_lens.data.sample import Sample, SampleError
+from miner_lens.running.batch import Batch
 from miner_lens.models.generation import Inputs, input_device, render, to_device
-from miner_lens.models.loading import layout
-from miner_lens.models.modality import Masks
+from miner_lens.models.access import layout
 
 BatchSize = int | Literal["auto"]
-Item = TypeVar("Item")
+Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 
 # Batches by length are packed from so many consecutive samples: enough to find company of the same
@@ -33,47 +32,23 @@ TOKENS = {"cpu": 2_048, "accelerator": 16_384}
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one forward pass is about.
-
-    Attributes:
-        inputs: Keyword arguments of the Hugging Face model, on its device.
-        masks: The tokens of each modality, [batch pos] each; padding belongs to none.
-        ids: A name for each sample, for error messages.
-    """
-
-    inputs: Inputs
-    masks: Masks
-    ids: tuple[str, ...]
-
-    @property
-    def real(self) -> Bool[Tensor, "batch pos"]:
-        """The tokens that are not padding."""
-        mask = self.inputs.get("attention_mask")
-        if mask is not None:
-            real: Tensor = mask.to(torch.bool)
-            return real
-        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
-
-
-@dataclass(frozen=True)
-class Entry:
+class Item:
     """One item of the data on its way to the model.
 
     Attributes:
         index: Its place in the data.
-        item: A sample or a prepared pair.
+        value: A sample or a prepared pair.
         inputs: The sample's own model inputs, on the CPU, where batches are made by length.
     """
 
     index: int
-    item: Any
+    value: Any
     inputs: Inputs | None = None
 
     @property
     def name(self) -> str:
         """What error messages call it."""
-        return getattr(self.item, "id", None) or f"sample {self.index}"
+        return getattr(self.value, "id", None) or f"sample {self.index}"
 
     @property
     def tokens(self) -> int:
@@ -94,15 +69,15 @@ class Arranged:
     """Entries in the order in which they will be run, with what was prepared of them.
 
     Attributes:
-        pending: The entries.
+        pending: The items.
         ready: Inputs, on the CPU, of those that go together, by their places in the data.
     """
 
-    pending: list[Entry]
+    pending: list[Item]
     ready: dict[tuple[int, ...], Inputs] = field(default_factory=dict)
 
 
-class FixedSize:
+class FixedBatches:
     """So many consecutive samples in a pass; a prepared pair is a pass by itself."""
 
     limit: int | None = None
@@ -110,32 +85,32 @@ class FixedSize:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def arrange(self, model: Any, entries: Sequence[Entry]) -> Arranged:
+    def arrange(self, model: Any, items: Sequence[Item]) -> Arranged:
         """Prepare those together that will be run together."""
-        arranged = Arranged(list(entries))
+        arranged = Arranged(list(items))
         left = arranged.pending
         while left:
             group = left[: self.take(left)]
             left = left[len(group) :]
-            if isinstance(group[0].item, Sample):
+            if isinstance(group[0].value, Sample):
                 # One that fails is tried again when its turn comes, and raised or skipped there.
                 with suppress(SampleError):
                     arranged.ready[_places(group)] = _render(model, group)
         return arranged
 
-    def take(self, pending: Sequence[Entry]) -> int:
-        """How many of the next entries go into one pass."""
+    def take(self, pending: Sequence[Item]) -> int:
+        """How many of the next items go into one pass."""
         samples = 0
-        while samples < min(self.size, len(pending)) and isinstance(pending[samples].item, Sample):
+        while samples < min(self.size, len(pending)) and isinstance(pending[samples].value, Sample):
             samples += 1
         return samples or 1
 
-    def lower(self, group: Sequence[Entry]) -> bool:
+    def lower(self, group: Sequence[Item]) -> bool:
         """Take less after memory ran out; whether that can be done."""
         return False
 
 
-class ByLength:
+class BatchesByLength:
     """As many samples of a window in a pass as a number of tokens allows, longest first.
 
     What goes together depends on the samples and the limit alone, never on what was run before, so
@@ -150,23 +125,23 @@ class ByLength:
     def __init__(self, limit: int) -> None:
         self.limit: int | None = limit
 
-    def arrange(self, model: Any, entries: Sequence[Entry]) -> Arranged:
+    def arrange(self, model: Any, items: Sequence[Item]) -> Arranged:
         """Prepare each sample by itself, and put those of a kind and of a length side by side."""
-        prepared = [self._prepare(model, entry) for entry in entries]
-        prepared.sort(key=lambda entry: (entry.kind, -entry.tokens, entry.index))
+        prepared = [self._prepare(model, item) for item in items]
+        prepared.sort(key=lambda item: (item.kind, -item.tokens, item.index))
         return Arranged(prepared)
 
-    def _prepare(self, model: Any, entry: Entry) -> Entry:
-        if not isinstance(entry.item, Sample):
-            return entry
+    def _prepare(self, model: Any, item: Item) -> Item:
+        if not isinstance(item.value, Sample):
+            return item
         try:
-            return Entry(entry.index, entry.item, _render(model, [entry]))
+            return Item(item.index, item.value, _render(model, [item]))
         except SampleError:
             # It is tried again by itself, where the error is raised or the sample skipped.
-            return entry
+            return item
 
-    def take(self, pending: Sequence[Entry]) -> int:
-        """How many of the next entries go into one pass."""
+    def take(self, pending: Sequence[Item]) -> int:
+        """How many of the next items go into one pass."""
         assert self.limit is not None
         first = pending[0]
         if first.inputs is None:
@@ -180,7 +155,7 @@ class ByLength:
             alike += 1
         return min(alike, max(1, self.limit // first.tokens))
 
-    def lower(self, group: Sequence[Entry]) -> bool:
+    def lower(self, group: Sequence[Item]) -> bool:
         """Halve the limit after memory ran out; whether that can be done."""
         if len(group) == 1:
             return False
@@ -190,8 +165,8 @@ class ByLength:
 
 
 def ahead(
-    items: Iterable[Item], prepare: Callable[[Item], Made]
-) -> Generator[tuple[Item, Made], None, None]:
+    items: Iterable[Thing], prepare: Callable[[Thing], Made]
+) -> Generator[tuple[Thing, Made], None, None]:
     """Each item with what `prepare` makes of it, made while the item before it is being used.
 
     Items are taken by the caller's thread, one ahead; `prepare` runs in a thread of its own. What
@@ -202,7 +177,7 @@ def ahead(
         [('a', 'A'), ('b', 'B')]
     """
     source = iter(items)
-    waiting: tuple[Item, Future[Made]] | None = None
+    waiting: tuple[Thing, Future[Made]] | None = None
     end: Exception | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="miner-lens-prepare") as pool:
         while end is None:
@@ -219,12 +194,12 @@ def ahead(
         raise end
 
 
-def batching(batch_size: BatchSize, model: Any) -> FixedSize | ByLength:
+def batching(batch_size: BatchSize, model: Any) -> FixedBatches | BatchesByLength:
     """The way of making batches that `run(batch_size=...)` asks for."""
     if batch_size == "auto":
         on_cpu = input_device(model).type == "cpu"
-        return ByLength(TOKENS["cpu" if on_cpu else "accelerator"])
-    return FixedSize(batch_size)
+        return BatchesByLength(TOKENS["cpu" if on_cpu else "accelerator"])
+    return FixedBatches(batch_size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -243,7 +218,7 @@ def free_memory() -> None:
 
 
 def make_batch(
-    model: Any, group: Sequence[Entry], ready: dict[tuple[int, ...], Inputs] | None = None
+    model: Any, group: Sequence[Item], ready: dict[tuple[int, ...], Inputs] | None = None
 ) -> Batch:
     """What the model is given for some samples, or for one prepared pair.
 
@@ -257,10 +232,10 @@ def make_batch(
         ValueError: A pair is malformed.
     """
     first = group[0]
-    if not isinstance(first.item, Sample):
+    if not isinstance(first.value, Sample):
         return _prepared(model, first)
-    ids = tuple(entry.name for entry in group)
-    apart = [entry.inputs for entry in group if entry.inputs is not None]
+    ids = tuple(item.name for item in group)
+    apart = [item.inputs for item in group if item.inputs is not None]
     if len(apart) == len(group):
         tokenizer = getattr(model.processor, "tokenizer", model.processor)
         inputs = put_together(apart, tokenizer.pad_token_id or 0)
@@ -270,18 +245,19 @@ def make_batch(
         inputs = known.pop(places) if places in known else _render(model, group)
     inputs = to_device(inputs, input_device(model))
     masks = layout(model).masks(inputs["input_ids"], inputs.get("attention_mask"))
-    return Batch(inputs, masks, ids)
+    samples = tuple(item.value for item in group)
+    return Batch(inputs, masks, ids, samples, _places(group))
 
 
-def _places(group: Sequence[Entry]) -> tuple[int, ...]:
-    return tuple(entry.index for entry in group)
+def _places(group: Sequence[Item]) -> tuple[int, ...]:
+    return tuple(item.index for item in group)
 
 
-def _render(model: Any, group: Sequence[Entry]) -> Inputs:
+def _render(model: Any, group: Sequence[Item]) -> Inputs:
     try:
-        return render(model, [entry.item.messages for entry in group])
+        return render(model, [item.value.messages for item in group])
     except SampleError as error:
-        names = ", ".join(entry.name for entry in group)
+        names = ", ".join(item.name for item in group)
         raise SampleError(f"{names}: {error}") from error
 
 
@@ -322,8 +298,8 @@ def _row(value: Any, ids: Tensor) -> tuple[Any, ...]:
     return (str(value.dtype), *(("pos",) if _per_token(value, ids) else value.shape[1:]))
 
 
-def _prepared(model: Any, entry: Entry) -> Batch:
-    pair, index = entry.item, entry.index
+def _prepared(model: Any, item: Item) -> Batch:
+    pair, index = item.value, item.index
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
         raise ValueError(
             "Data must be Samples or pairs (model_inputs, masks); item "
@@ -348,7 +324,7 @@ def _prepared(model: Any, entry: Entry) -> Batch:
     rows = range(shape[0])
     one = (f"sample {index}",)
     names: Iterable[str] = one if len(rows) == 1 else (f"sample {index}, row {r}" for r in rows)
-    batch = Batch(inputs, masks, tuple(names))
+    batch = Batch(inputs, masks, tuple(names), index=(index,) * len(rows))
     for modality, mask in masks.items():
         if bool((mask & ~batch.real).any()):
             raise ValueError(f"Item {index}: the mask of {modality!r} marks padding as well.")

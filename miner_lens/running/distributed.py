@@ -1,13 +1,12 @@
-"""Several processes that share one run: who they are, whether they live, and their states.
+"""Several processes that share one run, over torch.distributed.
 
-Messages go through the key-value store that `torch.distributed` meets at, because its calls return
-at once and so can be mixed with looking whether the others are alive. Only the analyzers' states
-travel by point-to-point sends, over gloo on the CPU.
+The launcher (torchrun, accelerate, srun) notices a rank that dies and ends the others; without one,
+torch.distributed's time-outs do. Small things that ranks tell each other are JSON in the key-value
+store at which they meet; states are safetensors, sent over gloo.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import threading
@@ -18,16 +17,14 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, distributed
 
 from miner_lens.running.launchers import launcher
 
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 60.0  # seconds without one after which a rank counts as dead
-PAUSE = 0.02  # seconds between two looks at the store while waiting
-MEETING = timedelta(minutes=10)  # how long ranks wait for each other at the start
-SENDING = timedelta(minutes=10)  # and for a piece of a state
+TIMEOUT = timedelta(minutes=30)  # torch.distributed's own; how long ranks wait for each other
+INTERVAL = 1.0  # seconds between two reports of progress
 PIECE = 1 << 28  # bytes in one send
 
 _c10d: Any = distributed  # some of its names are not typed
@@ -39,15 +36,10 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """The processes of one run; this class is a single process by itself.
-
-    Attributes:
-        rank: Which one this is.
-        world: How many there are.
-    """
+    """The processes of one run; this class is a single process by itself."""
 
     rank = 0
-    world = 1
+    world_size = 1
 
     def progress(self, samples: int, skipped: int) -> tuple[int, int]:
         """Tell how far this rank is; how far all are, as far as is known.
@@ -57,7 +49,7 @@ class Ranks:
         """
         return samples, skipped
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, which JSON can hold."""
         return value
 
@@ -70,14 +62,9 @@ class Ranks:
         """
         return [value]
 
-    def merge(self, analyzers: Sequence[Any], model: Any, seen: bool) -> None:
-        """Give rank 0's analyzers what all have seen.
-
-        Args:
-            analyzers: This rank's.
-            model: The model that they have read; it is not copied.
-            seen: Whether they have seen anything.
-        """
+    def states(self, analyzers: Sequence[Any], seen: bool) -> Iterator[list[dict[str, Tensor]]]:
+        """On rank 0 the states of each other rank that has seen anything; others send theirs."""
+        return iter(())
 
 
 class ManyRanks(Ranks):
@@ -86,212 +73,131 @@ class ManyRanks(Ranks):
     Args:
         store: A key-value store of this run alone.
         rank: Which process this is.
-        world: How many there are.
+        world_size: How many there are.
         group: The gloo group that states are sent in.
         advice: What an error says last, such as how to continue.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, group: Any, advice: str) -> None:
-        self.rank = rank
-        self.world = world
+    def __init__(self, store: Any, rank: int, world_size: int, group: Any, advice: str) -> None:
+        self.rank, self.world_size, self.advice = rank, world_size, advice
         self.terminated = False
-        self._store = store
-        self._group = group
-        self._advice = advice
-        self._calls = 0
-        self._looked = self._heard = time.monotonic()
-        self._beats = -1
-        self._told = -float("inf")
+        self._store, self._group = store, group
+        self._calls, self._told = 0, -float("inf")
         self._own = self._totals = (0, 0)
-        self._leaving = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-        self._heart.start()
-
-    def _beat(self) -> None:
-        while not self._leaving.wait(BEAT):
-            try:
-                self._store.add(f"beat/{self.rank}", 1)
-            except RuntimeError:  # the store is gone; whoever looks next says so
-                return
 
     def progress(self, samples: int, skipped: int) -> tuple[int, int]:
         """Tell how far this rank is; how far all are, as far as is known."""
-        now = time.monotonic()
-        if now - self._told > BEAT / 2:
-            self._told = now
-            with suppress(RuntimeError):  # `_look` says what is wrong
+        self._look()
+        if time.monotonic() - self._told > INTERVAL:
+            with self._reaching():
                 self._totals = (
                     self._store.add("samples", samples - self._own[0]),
                     self._store.add("skipped", skipped - self._own[1]),
                 )
-                self._own = (samples, skipped)
-        self._look()
+            self._own, self._told = (samples, skipped), time.monotonic()
         return self._totals
 
-    def _look(self) -> None:
-        """Raise `RankError` if another rank has stopped."""
-        if self.terminated:
-            self._fail(self.rank, "was told to stop (SIGTERM).")
-            raise RankError(
-                f"Rank {self.rank} of {self.world} was told to stop (SIGTERM), as launchers do "
-                f"when another rank has died; the launcher's report names it. {self._advice}"
-            )
-        now = time.monotonic()
-        if now - self._looked < BEAT / 2:
-            return
-        self._looked = now
-        try:
-            failed = self._store.check(["failed"])
-            reason = json.loads(self._store.get("failed")) if failed else None
-            beats = self._store.add(f"beat/{self._neighbour}", 0)
-        except RuntimeError as error:
-            raise RankError(
-                f"Rank {self.rank} of {self.world} cannot reach the others: rank 0, or the "
-                f"launcher on its host, has stopped. {self._advice}"
-            ) from error
-        if reason is not None:
-            raise RankError(f"Rank {reason[0]} of {self.world} {reason[1]} {self._advice}")
-        if beats != self._beats:
-            self._beats, self._heard = beats, now
-        elif now - self._heard > SILENCE:
-            self._fail(self._neighbour, f"has given no sign of life for {SILENCE:.0f} s.")
-            raise RankError(
-                f"Rank {self._neighbour} of {self.world} has given no sign of life for "
-                f"{SILENCE:.0f} s: it was killed, or its host is gone. {self._advice}"
-            )
-
-    @property
-    def _neighbour(self) -> int:
-        """Each rank listens to one other."""
-        return (self.rank - 1) % self.world
-
-    def _fail(self, rank: int, reason: str) -> None:
-        """Tell the others, unless something that may be the cause of this was told before."""
-        with suppress(RuntimeError):
-            if not self._store.check(["failed"]):
-                self._store.set("failed", json.dumps([rank, reason]))
-
-    def _wait(self, keys: list[str], meanwhile: Callable[[], object] | None = None) -> None:
-        while True:
-            try:
-                if self._store.check(keys):
-                    return
-            except RuntimeError:
-                self._looked = -float("inf")  # look at once what is wrong
-            self._look()
-            if meanwhile is not None:
-                meanwhile()
-            time.sleep(PAUSE)
-
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, which JSON can hold."""
-        self._calls += 1
-        key = f"share/{self._calls}"
-        if self.rank == 0:
-            self._store.set(key, json.dumps(value))
-        self._wait([key])
-        return json.loads(self._store.get(key))
+        return self._exchange(value if self.rank == 0 else None, [0], None)[0]
 
     def gather(self, value: Any, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Every rank's value, which JSON can hold, on every rank."""
-        self._calls += 1
-        keys = [f"gather/{self._calls}/{rank}" for rank in range(self.world)]
-        self._store.set(keys[self.rank], json.dumps(value))
-        self._wait(keys, meanwhile)
-        return [json.loads(self._store.get(key)) for key in keys]
+        return self._exchange(value, range(self.world_size), meanwhile)
 
-    def merge(self, analyzers: Sequence[Any], model: Any, seen: bool) -> None:
-        """Give rank 0's analyzers what all have seen, in as many rounds as doublings of ranks."""
-        step = 1
-        while step < self.world:
-            if self.rank % (2 * step):
-                self._send(self.rank - step, analyzers, seen)
-                break
-            if self.rank + step < self.world:
-                theirs = list(self._receive(self.rank + step, len(analyzers)))
-                for analyzer, state in zip(analyzers, theirs, strict=True):
-                    if state is not None:
-                        absorb(analyzer, state, model, seen)
-                seen = seen or any(state is not None for state in theirs)
-            step *= 2
+    def states(self, analyzers: Sequence[Any], seen: bool) -> Iterator[list[dict[str, Tensor]]]:
+        """On rank 0 the states of each other rank that has seen anything; others send theirs."""
+        own = [safetensors.torch.save(a.state_dict()) for a in analyzers if seen and self.rank]
+        sizes = self.gather([len(one) for one in own])
+        for rank, lengths in enumerate(sizes):
+            theirs = []
+            for number, length in enumerate(lengths):
+                if self.rank not in (0, rank):
+                    continue
+                data = torch.frombuffer(bytearray(own[number] if own else length), dtype=torch.uint8)
+                try:
+                    for piece in data.split(PIECE):
+                        if self.rank:
+                            distributed.send(piece, 0, group=self._group)
+                        else:
+                            distributed.recv(piece, rank, group=self._group)
+                except RuntimeError as error:
+                    text = f"Rank {rank} of {self.world_size} has stopped while states were merged."
+                    raise RankError(f"{text} {self.advice}") from error
+                theirs.append(data)
+            if self.rank == 0 and theirs:
+                yield [safetensors.torch.load(data.numpy().tobytes()) for data in theirs]
         self.gather(None)  # nobody hangs up before all has arrived
 
-    def _send(self, rank: int, analyzers: Sequence[Any], seen: bool) -> None:
-        for analyzer in analyzers:
-            state = analyzer.state() if seen else None
-            described = state and [
-                [name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                for name, t in state.items()
-            ]
-            text = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
-            self._transfer(distributed.send, torch.tensor([len(text)]), rank)
-            self._transfer(distributed.send, text, rank)
-            for tensor in (state or {}).values():
-                self._transfer(distributed.send, as_bytes(tensor), rank)
+    def fail(self, error: BaseException) -> None:
+        """Tell the others why this rank stops, unless it is because another has."""
+        if not isinstance(error, RankError) or self.terminated:
+            what = "was told to stop (SIGTERM)." if self.terminated else "has stopped: "
+            text = what if self.terminated else f"{what}{type(error).__name__}: {error}"
+            with suppress(RuntimeError):
+                if not self._store.check(["failed"]):
+                    self._store.set("failed", json.dumps([self.rank, text]))
 
-    def _receive(self, rank: int, states: int) -> Iterator[dict[str, Tensor] | None]:
-        for _ in range(states):
-            size = torch.zeros(1, dtype=torch.long)
-            self._transfer(distributed.recv, size, rank)
-            text = torch.empty(int(size), dtype=torch.uint8)
-            self._transfer(distributed.recv, text, rank)
-            described = json.loads(bytes(text.numpy()))
-            if described is None:
-                yield None
-                continue
-            state = {}
-            for name, dtype, shape in described:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-                self._transfer(distributed.recv, as_bytes(tensor), rank)
-                state[name] = tensor
-            yield state
-
-    def _transfer(self, function: Any, data: Tensor, rank: int) -> None:
-        try:
-            for start in range(0, len(data), PIECE):
-                function(data[start : start + PIECE], rank, group=self._group)
-        except RuntimeError as error:
-            self._fail(rank, "has stopped while states were merged.")
-            raise RankError(
-                f"Rank {rank} of {self.world} has stopped while states were merged. {self._advice}"
-            ) from error
-
-    def leave(self, error: BaseException | None) -> None:
-        """Stop beating, and say why if this rank fails. Rank 0 may host the store and goes last."""
-        if error is not None and not isinstance(error, RankError):
-            self._fail(self.rank, f"has stopped: {type(error).__name__}: {error}")
-        keys = [f"left/{rank}" for rank in range(self.world)]
+    def leave(self) -> None:
+        """Rank 0 may host the store, so it goes last; but it waits for a moment only."""
         with suppress(RuntimeError):
-            self._store.set(keys[self.rank], "")
-            if self.rank == 0:
-                patience = time.monotonic() + (2 * BEAT if error else SILENCE)
-                while time.monotonic() < patience and not self._store.check(keys):
-                    time.sleep(PAUSE)
-        self._leaving.set()
-        self._heart.join()
+            self._store.set(f"left/{self.rank}", "")
+            keys = [f"left/{rank}" for rank in range(self.world_size)]
+            patience = time.monotonic() + min(5.0, TIMEOUT.total_seconds())
+            while self.rank == 0 and time.monotonic() < patience and not self._store.check(keys):
+                time.sleep(0.02)
 
+    def _exchange(
+        self, value: Any, ranks: Sequence[int], meanwhile: Callable[[], object] | None
+    ) -> list[Any]:
+        self._calls += 1
+        keys = [f"{self._calls}/{rank}" for rank in ranks]
+        totals, since = self._totals, time.monotonic()
+        with self._reaching():
+            if self.rank in ranks:
+                self._store.set(f"{self._calls}/{self.rank}", json.dumps(value))
+            while not self._store.check(keys):
+                self._look()
+                if meanwhile is not None:
+                    meanwhile()
+                if totals != self._totals:  # somebody is still at work
+                    totals, since = self._totals, time.monotonic()
+                if time.monotonic() - since > TIMEOUT.total_seconds():
+                    silent = [r for r, key in zip(ranks, keys, strict=True) if not self._has(key)]
+                    raise RankError(
+                        f"Rank {', '.join(map(str, silent))} of {self.world_size} has not answered "
+                        f"for {TIMEOUT}: it was killed, or its host is gone. {self.advice}"
+                    )
+                time.sleep(0.02)
+            return [json.loads(self._store.get(key)) for key in keys]
 
-def absorb(analyzer: Any, state: dict[str, Tensor], model: Any, seen: bool = True) -> None:
-    """Add another analyzer's state to an analyzer, in place.
+    def _has(self, key: str) -> bool:
+        found: bool = self._store.check([key])
+        return found
 
-    Args:
-        analyzer: What adds it.
-        state: What the other analyzer's `state` gave.
-        model: The model that both have read; it is not copied.
-        seen: Whether the analyzer has seen anything itself.
-    """
-    if not seen:
-        analyzer.restore(state)
-        return
-    shared = (model, getattr(model, "original_model", None))
-    other = copy.deepcopy(analyzer, {id(one): one for one in shared})
-    other.restore(state)
-    analyzer.restore(analyzer.merge(other).state())
+    def _look(self) -> None:
+        """Raise `RankError` if another rank has told that it stops, or this one is told to."""
+        if self.terminated:
+            raise RankError(
+                f"Rank {self.rank} of {self.world_size} was told to stop (SIGTERM), as launchers "
+                "do when another rank has died; the launcher's report names it. " + self.advice
+            )
+        with self._reaching():
+            failed = json.loads(self._store.get("failed")) if self._has("failed") else None
+        if failed is not None:
+            raise RankError(f"Rank {failed[0]} of {self.world_size} {failed[1]} {self.advice}")
 
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's memory, flat; gloo does not know every dtype."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            raise RankError(
+                f"Rank {self.rank} of {self.world_size} cannot reach the others: rank 0, or the "
+                f"launcher on its host, has stopped. {self.advice}"
+            ) from error
 
 
 @contextmanager
@@ -311,28 +217,26 @@ def joined(advice: str) -> Iterator[Ranks]:
         return
     global _runs
     _runs += 1  # every rank counts alike, so each run has keys of its own
-    base, rank, world = met
+    base, rank, world_size = met
     store: Any = _c10d.PrefixStore(f"miner_lens/{_runs}", base)
-    made = not distributed.is_initialized()
     group = None
-    if made:
+    if not distributed.is_initialized():
         distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=SENDING
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
         )
     else:
-        group = distributed.new_group(backend="gloo", timeout=SENDING)
-    ranks = ManyRanks(store, rank, world, group, advice)
-    error: BaseException | None = None
+        group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    ranks = ManyRanks(store, rank, world_size, group, advice)
     try:
         with _noticing_sigterm(ranks):
             yield ranks
-    except BaseException as caught:
-        error = caught
-        if not isinstance(caught, RankError):
-            caught.add_note(f"Rank {rank} of {world} stopped here. {advice}")
+    except BaseException as error:
+        ranks.fail(error)
+        if not isinstance(error, RankError):
+            error.add_note(f"Rank {rank} of {world_size} stopped here. {advice}")
         raise
     finally:
-        ranks.leave(error)
+        ranks.leave()
         distributed.destroy_process_group(group)
 
 
@@ -358,26 +262,26 @@ def _noticing_sigterm(ranks: ManyRanks) -> Iterator[None]:
 def _meet() -> tuple[Any, int, int] | None:
     """A store that all processes share, this one's rank, and their number."""
     if distributed.is_available() and distributed.is_initialized():
-        world = distributed.get_world_size()
-        if world == 1:
+        world_size = distributed.get_world_size()
+        if world_size == 1:
             return None
-        return _c10d.distributed_c10d._get_default_store(), distributed.get_rank(), world
+        return _c10d.distributed_c10d._get_default_store(), distributed.get_rank(), world_size
     launched = launcher()
     if launched is None:
         return None
-    rank, world, host, port = launched
-    return _store(rank, world, host, port), rank, world
+    rank, world_size, host, port = launched
+    return _store(rank, world_size, host, port), rank, world_size
 
 
 @cache
-def _store(rank: int, world: int, host: str, port: int) -> Any:
+def _store(rank: int, world_size: int, host: str, port: int) -> Any:
     """Kept for the life of the process: a second run could not bind the port again at once."""
-    url = f"tcp://{host}:{port}?rank={rank}&world_size={world}"
+    url = f"tcp://{host}:{port}?rank={rank}&world_size={world_size}"
     try:
-        store, _, _ = next(iter(_c10d.rendezvous(url, timeout=MEETING)))
+        store, _, _ = next(iter(_c10d.rendezvous(url, timeout=TIMEOUT)))
     except distributed.DistError as error:
         raise RankError(
-            f"Rank {rank} of {world} could not meet the others at {host}:{port} within "
-            f"{MEETING}: {error}"
+            f"Rank {rank} of {world_size} could not meet the others at {host}:{port} within "
+            f"{TIMEOUT}: {error}"
         ) from error
     return store

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from miner_lens.data.sample import Sample
+from miner_lens.models.access import identity
+from miner_lens.models.bridge import is_bridge, prepare
 from miner_lens.models.generation import Inputs
-from miner_lens.models.loading import identity, is_bridge, prepare
 from miner_lens.models.modality import Masks
-from miner_lens.running.batches import Batch, BatchSize, batching
-from miner_lens.running.checkpoint import Checkpoint, Past
-from miner_lens.running.distributed import Ranks, absorb, joined
+from miner_lens.running.analyzer import Analyzer, State
+from miner_lens.running.batches import BatchSize, batching
+from miner_lens.running.checkpoint import NAME, Checkpoint, Record
+from miner_lens.running.distributed import Ranks, joined
+from miner_lens.running.passes import OnError, Passes, evaluating
 from miner_lens.running.progress import Bar
-from miner_lens.running.protocol import Analyzer, CountsSkipped, Hook, KnowsModel, State
-from miner_lens.running.shares import Items, Share
-from miner_lens.running.work import OnError, Work, evaluating
-
-__all__ = [
-    "Analyzer",
-    "Batch",
-    "BatchSize",
-    "CountsSkipped",
-    "Data",
-    "Hook",
-    "KnowsModel",
-    "OnError",
-    "State",
-    "run",
-]
+from miner_lens.running.shards import Items, Shard
 
 Prepared = tuple[Inputs, Masks]
-Data = Iterable[Sample] | Iterable[Prepared]
+Data = Iterable[Sample] | Iterable[Prepared] | Mapping[str, Iterable[Sample]]
 
 
 def run(
@@ -60,7 +49,8 @@ def run(
     Args:
         model: A `TransformerBridge`.
         data: Samples, or prepared pairs `(model_inputs, masks)` with
-            `masks: {modality: Bool[batch pos]}`.
+            `masks: {modality: Bool[batch pos]}`, or a mapping of names to samples, which are then
+            labelled by those names.
         analyzers: At least one; they share each forward pass. With several processes or a
             checkpoint they must be new.
         batch_size: Samples in one forward pass. Changes speed, not results. `"auto"` puts samples
@@ -92,51 +82,116 @@ def run(
     _check_arguments(model, analyzers, batch_size, on_error)
     prepare(model)
     for analyzer in analyzers:
-        if isinstance(analyzer, KnowsModel):
-            analyzer.begin(model)
-    way = batching(batch_size, model)
-    items = Items(data, limit)
-    keeper = None
+        analyzer.begin(model)
+    batches = batching(batch_size, model)
+    items = Items(labelled(data), limit)
     with joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
-        past = Past.none(ranks.world)
         settings = partial(_settings, model, analyzers, batch_size, on_error)
-        if ranks.world > 1:
+        if ranks.world_size > 1:
             _require_same(ranks, settings(), items)
+        kept, found = None, {}
         if checkpoint is not None:
-            keeper = Checkpoint(checkpoint, checkpoint_every, checkpoint_every_samples, settings())
+            name = NAME.format(rank=ranks.rank, world_size=ranks.world_size)
+            times = (checkpoint_every, checkpoint_every_samples)
+            kept = Checkpoint(checkpoint, name, *times, settings())
             if ranks.rank == 0:
-                stack.enter_context(keeper.reserved())
-            found = keeper.past(ranks.world).to_dict() if ranks.rank == 0 else None
-            past = Past.from_dict(ranks.share(found))
-        record = past.record(ranks.rank)
-        if keeper is not None and past.names[ranks.rank]:
-            keeper.restore(past.names[ranks.rank], record, analyzers)
-        way.limit = record.limit if record.limit is not None else way.limit
-        share = Share(items, way.size, past.legs, ranks.rank, (past.items, past.digest))
+                stack.enter_context(kept.reserved())
+            found = ranks.broadcast(kept.survey() if ranks.rank == 0 else None)
+        records = {name: Record.from_dict(saved) for name, saved in found.items()}
+        before = sum(records.values(), Record())
+        record = Record(limit=before.limit)
+        if kept is not None and kept.name in records:
+            record = records[kept.name]
+            for analyzer, state in zip(
+                analyzers, kept.load(kept.name, record, analyzers), strict=True
+            ):
+                analyzer.load_state_dict(state)
+        if record.limit is not None:
+            batches.limit = record.limit
+        own = [NAME.format(rank=r, world_size=ranks.world_size) for r in range(ranks.world_size)]
+        others = [name for name in records if name not in own]
+        shard = Shard(
+            items,
+            batches.size,
+            ranks.rank,
+            ranks.world_size,
+            before.covered,
+            before.digest,
+            in_turn=bool(others),
+        )
         with evaluating(model), Bar(progress and ranks.rank == 0, items.length) as bar:
-            work = Work(model, analyzers, on_error, way, ranks, keeper, past, record, bar)
-            seen, skipped = work.run(share)
+            passes = Passes(
+                model, analyzers, on_error, batches, ranks, kept, before, record, bar
+            )
+            seen, skipped = passes.run(shard)
         if seen == 0:
             raise ValueError("There is no data: the iterable of samples is empty.")
         if skipped == seen:
             raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
-        ranks.merge(analyzers, model, record.items > 0)
+        for states in ranks.states(analyzers, len(passes.record.covered) > 0):
+            _merge(analyzers, states)
         if ranks.rank > 0:
             return None
-        holding = seen > past.items or any(past.names)
-        for states in keeper.earlier(past, len(analyzers)) if keeper is not None else ():
-            for analyzer, state in zip(analyzers, states, strict=True):
-                absorb(analyzer, state, model, holding)
-            holding = True
+        for name in others:
+            assert kept is not None
+            _merge(analyzers, kept.load(name, records[name], analyzers))
         results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
+
+
+def _merge(analyzers: tuple[Analyzer[Any], ...], states: list[State]) -> None:
+    for analyzer, state in zip(analyzers, states, strict=True):
+        analyzer.merge_state_dict(state)
+
+
+def labelled(data: Data) -> Any:
+    """The samples of a mapping of names to data, each labelled by its data's name.
+
+    Raises:
+        ValueError: Data that are labelled by name are not samples.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    return Labelled(data) if all(map(_indexable, data.values())) else _labels(data)
+
+
+def _indexable(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
+def _labels(data: Mapping[str, Any]) -> Iterator[Sample]:
+    for label, samples in data.items():
+        for sample in samples:
+            yield _label(sample, label)
+
+
+def _label(sample: Any, label: str) -> Sample:
+    sample = Sample.of(sample)
+    return replace(sample, label=label)
+
+
+class Labelled(Sequence[Sample]):
+    """Several data sets one after the other, each sample labelled by the name of its own."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._data = list(data.items())
+
+    def __len__(self) -> int:
+        return sum(len(samples) for _, samples in self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        for label, samples in self._data:
+            if index < len(samples):
+                return _label(samples[index], label)
+            index -= len(samples)
+        raise IndexError(index)
 
 
 def _settings(
     model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
 ) -> dict[str, Any]:
     """What must be the same when a run is continued."""
-    kinds = [[type(one).__name__, getattr(one, "settings", {})] for one in analyzers]
+    kinds = [[type(one).__name__, one.settings] for one in analyzers]
     who = identity(model).to_dict()
     settings = {"model": who, "analyzers": kinds, "batch_size": batch_size, "on_error": on_error}
     as_read: dict[str, Any] = json.loads(json.dumps(settings))
@@ -174,6 +229,8 @@ def _check_arguments(
         raise ValueError("run needs at least one analyzer, such as ml.ImportanceAnalyzer().")
     if len({id(analyzer) for analyzer in analyzers}) < len(analyzers):
         raise ValueError("An analyzer was given twice; each keeps its own state.")
+    if any(analyzer.needs_gradients for analyzer in analyzers):
+        raise ValueError("run makes no backward pass yet, so needs_gradients cannot be served.")
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be at least 1, or 'auto', not {batch_size!r}.")
     if on_error not in ("raise", "skip"):

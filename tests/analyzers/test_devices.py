@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import miner_lens as ml
 from miner_lens.analyzers.importance import ImportanceAnalyzer
 from miner_lens.analyzers.passes import TowerPass
-from miner_lens.models import loading as models
+from miner_lens.models import access as models
 from miner_lens.models import sites
 from miner_lens.neurons import ablation
 from miner_lens.running.batches import Batch

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 import miner_lens as ml
+from miner_lens.models import access as miner_models
 from miner_lens.models import generation
-from miner_lens.models import loading as miner_models
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPECIAL += ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]

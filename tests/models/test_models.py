@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import miner_lens as ml
+from miner_lens.models import access as models
 from miner_lens.models import attention, generation, sites
-from miner_lens.models import loading as models
 from tests.analyzers.test_reference_model import EACH_SAMPLE, logits, model_inputs
 from tests.reference import REFERENCE, load
 

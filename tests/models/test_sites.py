@@ -15,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import miner_lens as ml
-from miner_lens.models import loading as models
+from miner_lens.models import access as models
 from miner_lens.models import sites
+from miner_lens.models.bridge import hf_model_of
 from miner_lens.report import plots
 from tests import towers
 from tests.scoring.test_kernels import twin
@@ -53,7 +54,7 @@ def mine(model: Any, inputs: dict[str, Any], **options: Any) -> ml.ImportanceSco
 
 def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        result: Tensor = models.hf_model_of(model)(**inputs).logits
+        result: Tensor = hf_model_of(model)(**inputs).logits
     return result
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import Qwen2VLForConditionalGeneration
 
 import miner_lens as ml
+from miner_lens.models import access as models
 from miner_lens.models import generation
-from miner_lens.models import loading as models
 from tests.analyzers.test_reference_model import logits, model_inputs
 from tests.reference import REFERENCE, load
 

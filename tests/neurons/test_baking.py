@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import miner_lens as ml
-from miner_lens.models import loading as models
+from miner_lens.models import access as models
 from tests.analyzers.test_reference_model import logits, model_inputs
 from tests.reference import load
 

@@ -23,8 +23,8 @@ import torch
 import miner_lens as ml
 from miner_lens import organisms
 from miner_lens.data import datasets
+from miner_lens.models import access as miner_models
 from miner_lens.models import generation
-from miner_lens.models import loading as miner_models
 from miner_lens.training import speak
 
 FOLDER = Path(organisms.__file__).parent / "speech"

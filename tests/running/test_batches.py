@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import miner_lens as ml
+from miner_lens.models import access as models
 from miner_lens.models import generation
-from miner_lens.models import loading as models
 from miner_lens.running import batches
 from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixtures)
 from tests.running.test_run import close, image_of, mine, sample

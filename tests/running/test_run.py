@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import miner_lens as ml
+from miner_lens.models import access as models
 from miner_lens.models import generation
-from miner_lens.models import loading as models
 from miner_lens.scoring import kernels
 from tests import towers
 

@@ -1,4 +1,4 @@
-"""The passes of a run: one rank's share of the data through the model, and what may go wrong."""
+"""The passes of a run: one rank's shard of the data through the model, and what may go wrong."""
 
 from __future__ import annotations
 
@@ -12,129 +12,125 @@ import torch
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models import attention
+from miner_lens.models.bridge import hf_model_of
 from miner_lens.models.generation import Inputs
-from miner_lens.models.loading import hf_model_of
+from miner_lens.running.analyzer import Analyzer, pass_hooks
+from miner_lens.running.batch import Batch
 from miner_lens.running.batches import (
     Arranged,
-    Batch,
-    ByLength,
-    Entry,
-    FixedSize,
+    BatchesByLength,
+    FixedBatches,
+    Item,
     ahead,
     free_memory,
     is_out_of_memory,
     make_batch,
 )
-from miner_lens.running.checkpoint import Checkpoint, Past, Record
+from miner_lens.running.checkpoint import Checkpoint, Record
 from miner_lens.running.distributed import RankError, Ranks
 from miner_lens.running.progress import Bar
-from miner_lens.running.protocol import Analyzer, CountsSkipped
-from miner_lens.running.shares import OtherDataError, Share, Unit
+from miner_lens.running.shards import OtherDataError, Shard, Unit
 
 OnError = Literal["raise", "skip"]
 
 
 @dataclass
-class Work:
-    """One rank's passes over its share of the data.
+class Passes:
+    """One rank's passes over its shard of the data.
 
     Attributes:
         model: A `TransformerBridge`.
         analyzers: They read along.
         on_error: What to do with a sample that cannot be used.
-        way: How samples are put together.
+        batches: How samples are put together.
         ranks: All processes of the run.
-        keeper: Where checkpoints are written, if they are.
-        past: What all ranks had done before.
-        record: What this rank has done in this leg.
+        checkpoint: Where states are written, if they are.
+        before: What all ranks had done before.
+        record: What this rank has done, before and now.
         bar: Shows how far all are.
     """
 
     model: Any
     analyzers: tuple[Analyzer[Any], ...]
     on_error: OnError
-    way: FixedSize | ByLength
+    batches: FixedBatches | BatchesByLength
     ranks: Ranks
-    keeper: Checkpoint | None
-    past: Past
+    checkpoint: Checkpoint | None
+    before: Record
     record: Record
     bar: Bar
 
     def __post_init__(self) -> None:
-        self._restored = (self.record.items, self.record.skipped)
+        self._items = self._skipped = 0
 
-    def run(self, share: Share) -> tuple[int, int]:
+    def run(self, shard: Shard) -> tuple[int, int]:
         """Run what is left; how many samples all ranks have seen and skipped in all."""
-        record = self.record
         self._show()
         try:
-            with closing(ahead(share, self._arrange)) as units:
+            with closing(ahead(shard, self._arrange)) as units:
                 for unit, arranged in units:
-                    self._run_unit(unit, arranged, share)
+                    self._run_unit(unit, arranged)
+                    self._write(shard)
+                    self._show()
         except OtherDataError as error:
-            assert self.keeper is not None
+            assert self.checkpoint is not None
             raise ValueError(
-                f"{self.keeper.folder} was written over other data: {error} Give the same data in "
-                "the same order, or another folder."
+                f"{self.checkpoint.folder} was written over other data: {error} Give the same data "
+                "in the same order, or another folder."
             ) from error
         except RankError:
-            if self.keeper and share.checked and self.keeper.is_due(record, finished=True):
-                self.keeper.write(record, self.analyzers)
+            self._write(shard, finished=True)
             raise
-        if self.keeper is not None and self.keeper.is_due(record, finished=True):
-            self.keeper.write(record, self.analyzers)
-        fresh = [record.items - self._restored[0], record.skipped - self._restored[1]]
-        all_fresh = self.ranks.gather(fresh, self._show)
-        seen = self.past.items + sum(items for items, _ in all_fresh)
-        skipped = self.past.skipped + sum(skipped for _, skipped in all_fresh)
+        self._write(shard, finished=True)
+        told = self.ranks.gather([self._items, self._skipped], self._show)
+        seen = len(self.before.covered) + sum(items for items, _ in told)
+        skipped = self.before.skipped + sum(skipped for _, skipped in told)
         self.bar.show(seen, skipped)
         return seen, skipped
 
     def _arrange(self, unit: Unit) -> Arranged:
         """What can be done for a unit while the model is busy with the one before."""
-        entries = [Entry(index, item) for index, item in unit.items.items()]
-        return self.way.arrange(self.model, entries)
+        items = [Item(index, value) for index, value in unit.items.items()]
+        return self.batches.arrange(self.model, items)
 
-    def _run_unit(self, unit: Unit, arranged: Arranged, share: Share) -> None:
-        record = self.record
-        if unit.full and not unit.items:
-            record.complete()
-        for group, failures, left in self.passes(arranged):
-            record.note({entry.index: entry.item for entry in group}, failures, unit.start)
-            record.limit = self.way.limit
-            if unit.full and not left:
-                record.complete()
-            if self.keeper is not None and share.checked and self.keeper.is_due(record):
-                self.keeper.write(record, self.analyzers)
-            self._show()
+    def _run_unit(self, unit: Unit, arranged: Arranged) -> None:
+        skipped = sum(self.passes(arranged))
+        self.record.add(unit.items, skipped)
+        self.record.limit = self.batches.limit
+        self._items += len(unit.items)
+        self._skipped += skipped
+
+    def _write(self, shard: Shard, finished: bool = False) -> None:
+        # What is begun again over other data must not be written before that is found out.
+        due = self.checkpoint is not None and self.checkpoint.is_due(self.record, finished)
+        if self.checkpoint is not None and due and shard.checked:
+            self.checkpoint.write(self.record, self.analyzers)
 
     def _show(self) -> None:
-        record, (items, skipped) = self.record, self._restored
-        fresh = self.ranks.progress(record.items - items, record.skipped - skipped)
-        self.bar.show(self.past.items + fresh[0], self.past.skipped + fresh[1])
+        items, skipped = self.ranks.progress(self._items, self._skipped)
+        self.bar.show(len(self.before.covered) + items, self.before.skipped + skipped)
 
-    def passes(self, arranged: Arranged) -> Iterator[tuple[list[Entry], int, int]]:
+    def passes(self, arranged: Arranged) -> Iterator[int]:
         """Run some samples, as many at a time as fit.
 
         Yields:
-            Those that went together, how many of them were skipped, and how many are left.
+            How many of those that went together were skipped.
         """
         pending = arranged.pending
         while pending:
-            group = pending[: self.way.take(pending)]
+            group = pending[: self.batches.take(pending)]
             failures = self._attempt(group, arranged.ready)
             if failures is None:
                 # Not within the handler, where the error would still hold what the pass had taken.
                 free_memory()
                 continue
             for analyzer in self.analyzers if failures else ():
-                if isinstance(analyzer, CountsSkipped):
-                    analyzer.skip(failures)
+                analyzer.skip(failures)
             pending = pending[len(group) :]
-            yield group, failures, len(pending)
+            yield failures
 
     def _attempt(
-        self, group: list[Entry], ready: dict[tuple[int, ...], Inputs] | None = None
+        self, group: list[Item], ready: dict[tuple[int, ...], Inputs] | None = None
     ) -> int | None:
         """Run a group, or its samples one by one where that fails and may.
 
@@ -151,16 +147,16 @@ class Work:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.way.lower(group):
+            if self.batches.lower(group):
                 return None
-            names = ", ".join(entry.name for entry in group)
+            names = ", ".join(item.name for item in group)
             error.add_note(f"Memory ran out in a pass over {names}.")
             raise
         for analyzer in self.analyzers:
-            analyzer.update(batch)
+            analyzer.accept(batch)
         return 0
 
-    def _read(self, group: list[Entry], ready: dict[tuple[int, ...], Inputs] | None) -> Batch:
+    def _read(self, group: list[Item], ready: dict[tuple[int, ...], Inputs] | None) -> Batch:
         batch = make_batch(self.model, group, ready)
         _forward(self.model, batch, self.analyzers)
         for analyzer in self.analyzers:
@@ -170,10 +166,14 @@ class Work:
 
 def _forward(model: Any, batch: Batch, analyzers: tuple[Analyzer[Any], ...]) -> None:
     hf_model = hf_model_of(model)
-    hooks = [hook for analyzer in analyzers for hook in analyzer.hooks(model, batch)]
+    for analyzer in analyzers:
+        analyzer.open(batch, hf_model)
+    hooks = pass_hooks(analyzers, model, lambda: batch)
     try:
         with torch.no_grad(), model.hooks(fwd_hooks=hooks), _one_logit(hf_model) as options:
             hf_model(**batch.inputs, use_cache=False, **options)
+    except SampleError:
+        raise
     except ValueError as error:
         # Such as fewer placeholders than the media have tokens.
         raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error

@@ -1,15 +1,15 @@
 """Which samples are whose: the data dealt out to processes, also after earlier ones have stopped.
 
-The data are cut into units of consecutive items. Units are dealt to ranks in turn, so what goes
+The data are cut into units of consecutive items. Unit u is rank u modulo world_size's, so what goes
 through the model together depends on the data and the batch size, never on how many ranks there
-are. What is finished is kept as a short list of legs, one for each number of ranks that the run has
-had; its length does not grow with the data.
+are. What is done is a set of item numbers, whoever has done them, kept as a few progressions; what
+is left when the number of ranks has changed is dealt out anew, in turn.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -23,70 +23,58 @@ LEVELS = 32
 SPOT_CHECKS = 1_000
 
 
-@dataclass(frozen=True)
-class Leg:
-    """What ranks have finished while their number stayed the same.
+class Covered:
+    """A set of item numbers, made of blocks of consecutive ones in even steps.
 
-    Attributes:
-        done: How many of its units each rank has finished.
-        parts: Which items each rank has finished of its next unit, counted within the unit.
-    """
-
-    done: tuple[int, ...]
-    parts: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def fresh(cls, world: int) -> Leg:
-        """A leg in which nothing is done yet."""
-        return cls((0,) * world, ((),) * world)
-
-    @property
-    def world(self) -> int:
-        """How many ranks there are."""
-        return len(self.done)
-
-    def to_list(self) -> list[Any]:
-        """The leg as JSON can hold it."""
-        return [list(self.done), [list(part) for part in self.parts]]
-
-    @classmethod
-    def from_list(cls, saved: Sequence[Any]) -> Leg:
-        """The leg that `to_list` gave."""
-        return cls(tuple(saved[0]), tuple(tuple(part) for part in saved[1]))
-
-
-def deal(legs: Sequence[Leg]) -> Iterator[tuple[int | None, frozenset[int]]]:
-    """Whose turn each unit is, in the order of the units, without end.
-
-    Each leg deals what the legs before it have left: its j-th unit to rank j modulo its number of
-    ranks.
-
-    Args:
-        legs: All legs so far; units that are left are the last one's.
-
-    Yields:
-        The rank of the last leg, or None where the unit is finished; and the items finished of it.
+    Its length grows with how irregular it is, not with the data: what a rank has done of data that
+    are dealt in turn is one progression.
 
     Example:
-        >>> first = Leg(done=(2,), parts=((1,),))
-        >>> [rank for rank, _ in islice(deal([first, Leg.fresh(2)]), 6)]
-        [None, None, 0, 1, 0, 1]
-        >>> [sorted(done) for _, done in islice(deal([first, Leg.fresh(2)]), 4)]
-        [[], [], [1], []]
+        >>> covered = Covered()
+        >>> for start in (0, 6, 12):
+        ...     covered.add(start, 3)
+        >>> covered.progressions, len(covered)
+        ([[0, 3, 6, 3]], 9)
+        >>> 7 in covered, 9 in covered
+        (True, False)
     """
-    dealt = [0] * len(legs)
-    for _ in count():
-        part: set[int] = set()
-        rank: int | None = None
-        for index, leg in enumerate(legs):
-            turn, rank = divmod(dealt[index], leg.world)
-            dealt[index] += 1
-            if turn < leg.done[rank]:
-                rank = None
-                break
-            if turn == leg.done[rank]:
-                part.update(leg.parts[rank])
-        yield rank, frozenset(part)
+
+    def __init__(self, progressions: Iterable[Sequence[int]] = ()) -> None:
+        # [first item, items in a block, step from block to block, number of blocks] each
+        self.progressions = [list(one) for one in progressions]
+
+    def add(self, start: int, length: int) -> None:
+        """Add a block of items, none of which is in the set."""
+        if self.progressions:
+            last = self.progressions[-1]
+            first, size, step, blocks = last
+            follows = start == first + step * blocks if blocks > 1 else start >= first + size
+            if length == size and follows:
+                last[2:] = [start - first if blocks == 1 else step, blocks + 1]
+                return
+        self.progressions.append([start, length, 1, 1])
+
+    def __contains__(self, item: int) -> bool:
+        for first, size, step, blocks in self.progressions:
+            block = min((item - first) // step, blocks - 1)
+            if item >= first and item - first - block * step < size:
+                return True
+        return False
+
+    def __len__(self) -> int:
+        return sum(size * blocks for _, size, _, blocks in self.progressions)
+
+    def __add__(self, other: Covered) -> Covered:
+        return Covered(self.progressions + other.progressions)
+
+    def overlaps(self, other: Covered) -> bool:
+        """Whether any item is in both."""
+        return any(
+            item in other
+            for first, size, step, blocks in self.progressions
+            for start in range(first, first + step * blocks, step)
+            for item in range(start, start + size)
+        )
 
 
 class Digest:
@@ -169,17 +157,22 @@ class Items:
         if self._indexed:
             assert self.length is not None
             stop = min(stop, self.length)
-            found = {index: self._data[index] for index in range(start, stop) if wanted(index)}
+            found = {i: _sample(self._data[i]) for i in range(start, stop) if wanted(i)}
             return max(0, stop - start), found
         walked = list(enumerate(islice(self._walk, stop - start), start))
-        return len(walked), {index: item for index, item in walked if wanted(index)}
+        return len(walked), {index: _sample(item) for index, item in walked if wanted(index)}
 
     def probe(self) -> list[str]:
         """Signatures of a few items, where they can be looked up, to compare between ranks."""
         if not self._indexed or not self.length:
             return []
         places = (0, self.length // 2, self.length - 1)
-        return [hashlib.sha256(signature(self._data[one])).hexdigest()[:16] for one in places]
+        return [hashlib.sha256(signature(_sample(self._data[one]))).hexdigest()[:16] for one in places]
+
+
+def _sample(item: Any) -> Any:
+    """A mapping with messages is a sample, as rows of tables are."""
+    return Sample.of(item) if isinstance(item, Mapping) and "messages" in item else item
 
 
 def length(data: Any, limit: int | None) -> int | None:
@@ -197,48 +190,45 @@ class OtherDataError(ValueError):
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive items that are one rank's.
-
-    Attributes:
-        items: Those that are not done, by number.
-        start: The number of the unit's first item.
-        full: Whether the data do not end within it.
-    """
+    """Consecutive items that are one rank's: those that are not done, by number."""
 
     items: dict[int, Any]
-    start: int
-    full: bool
 
 
-class Share:
+class Shard:
     """One rank's units of the data, with what was done before passed over and checked.
 
     Args:
         items: The data.
         size: Items in a unit.
-        legs: What was done before; the last leg is this run's.
-        rank: Whose share.
-        before: How many items were done before, and the digest of all of them.
+        rank: Whose shard.
+        world_size: How many ranks there are.
+        done: What was done before, by any process.
+        expected: The digest of that.
+        in_turn: Whether what is left is dealt in turn, as after a change of world_size.
     """
 
     def __init__(
-        self, items: Items, size: int, legs: Sequence[Leg], rank: int, before: tuple[int, Digest]
+        self,
+        items: Items,
+        size: int,
+        rank: int,
+        world_size: int,
+        done: Covered,
+        expected: Digest,
+        in_turn: bool,
     ) -> None:
-        self._items = items
-        self._size = size
-        self._legs = legs
-        self._rank = rank
-        self._total, self._expected = before
-        self._level = 0
-        while not items.free and self._total >> self._level > SPOT_CHECKS:
+        self._items, self._size = items, size
+        self._rank, self._world_size, self._in_turn = rank, world_size, in_turn
+        self._done, self._expected, self._digest = done, expected, Digest()
+        self._level = self._passed = 0
+        while not items.free and len(done) >> self._level > SPOT_CHECKS:
             self._level += 1
-        self._passed = 0
-        self._digest = Digest()
 
     @property
     def checked(self) -> bool:
         """Whether all that was done before has been passed over, and was the same data."""
-        return self._passed == self._total and self._alike()
+        return self._passed == len(self._done) and self._alike()
 
     def __iter__(self) -> Iterator[Unit]:
         """This rank's units.
@@ -247,48 +237,42 @@ class Share:
             OtherDataError: What was done before was done with other data.
         """
         self._check()
-        size = self._size
-        for number, (owner, part) in enumerate(deal(self._legs)):
-            start = number * size
-            done = range(start, start + size) if owner is None else {start + one for one in part}
-            wanted = self._wanted(done, owner == self._rank)
-            there, found = self._items.read(start, start + size, wanted)
-            if self._passed < self._total:
-                self._pass_over(
-                    sum(index < start + there for index in done),
-                    {index: item for index, item in found.items() if index in done},
-                )
+        left = 0
+        for number in count():
+            start = number * self._size
+            block = range(start, start + self._size)
+            # The end of the data may lie within a block: what is not there is not done, either.
+            done = {item for item in block if item in self._done}
+            turn = left if self._in_turn else number
+            mine = turn % self._world_size == self._rank
+            left += len(done) < self._size
+            there, found = self._items.read(block.start, block.stop, self._wanted(done, mine))
+            self._pass_over({item for item in done if item < start + there}, found)
             unit = {index: item for index, item in found.items() if index not in done}
-            full = there == size
-            if owner == self._rank and (unit or full):
-                yield Unit(unit, start, full)
-            if not full:
+            if mine and unit:
+                yield Unit(unit)
+            if there < self._size:
                 break
-        if self._passed < self._total:
+        if self._passed < len(self._done):
             raise OtherDataError(
-                f"{self._total} items were done before, but only {self._passed} of them are there "
-                "now."
+                f"{len(self._done)} items were done before, but only {self._passed} of them are "
+                "there now."
             )
 
-    def _wanted(self, done: Container[int], mine: bool) -> Callable[[int], bool]:
-        step, checking = 1 << self._level, self._passed < self._total
+    def _wanted(self, done: set[int], mine: bool) -> Callable[[int], bool]:
+        step, checking = 1 << self._level, self._passed < len(self._done)
+        return lambda index: checking and index % step == 0 if index in done else mine
 
-        def wanted(index: int) -> bool:
-            if index in done:
-                return checking and index % step == 0
-            return mine
-
-        return wanted
-
-    def _pass_over(self, count: int, items: Mapping[int, Any]) -> None:
-        for index, item in items.items():
-            self._digest.add(index, item)
-        self._passed += count
-        self._check()
+    def _pass_over(self, done: set[int], found: Mapping[int, Any]) -> None:
+        if self._passed < len(self._done):
+            for index in done & found.keys():
+                self._digest.add(index, found[index])
+            self._passed += len(done)
+            self._check()
 
     def _check(self) -> None:
-        if self._passed == self._total and not self._alike():
-            raise OtherDataError(f"the {self._total} items done before differ from the ones now.")
+        if self._passed == len(self._done) and not self._alike():
+            raise OtherDataError(f"the {self._passed} items done before differ from the ones now.")
 
     def _alike(self) -> bool:
         return self._digest.levels[self._level] == self._expected.levels[self._level]

@@ -1,0 +1,189 @@
+"""What one forward pass is about, in the decoder and in a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from miner_lens.data.sample import SampleError
+from miner_lens.models import sites
+from miner_lens.models.generation import Inputs
+from miner_lens.models.modality import Masks, parts_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is about.
+
+    Attributes:
+        inputs: Keyword arguments of the Hugging Face model, on its device.
+        masks: The tokens of each modality, [sample pos] each; padding belongs to none.
+        ids: A name for each sample, for error messages.
+        samples: The `Sample`s, where the data are such.
+        index: The place of each sample in the data.
+    """
+
+    inputs: Inputs
+    masks: Masks
+    ids: tuple[str, ...]
+    samples: tuple[Any, ...] = ()
+    index: tuple[int, ...] = ()
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """The tokens that are not padding."""
+        mask = self.inputs.get("attention_mask")
+        if mask is not None:
+            real: Tensor = mask.to(torch.bool)
+            return real
+        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
+
+    @cached_property
+    def padding(self) -> Bool[Tensor, "batch pos"] | None:
+        """`real`, or None where nothing is padded. Asked once a pass, as it waits for a device."""
+        return None if bool(self.real.all()) else self.real
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """The label of each sample."""
+        return tuple(getattr(sample, "label", None) for sample in self.samples)
+
+    @cached_property
+    def places(self) -> Int[Tensor, "batch pos 2"]:
+        """(place in the data, position among the sample's real tokens) of each token."""
+        index = torch.tensor(self.index, device=self.real.device)
+        position = self.real.long().cumsum(1) - 1
+        return torch.stack([index[:, None].expand_as(position), position], -1)
+
+    @cached_property
+    def stacked(self) -> Bool[Tensor, "batch modality pos"]:
+        """All masks in one tensor."""
+        return torch.stack(list(self.masks.values()), dim=1)
+
+    @cached_property
+    def parts(self) -> list[tuple[int, ...]]:
+        """Which modalities each is made of; see `miner_lens.models.modality.parts_of`."""
+        return parts_of(self.masks)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when it was first asked for under this key in this pass."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    @property
+    def towers(self) -> dict[str, TowerPass]:
+        """The towers that were asked about in this pass, by site."""
+        return self.once("towers", dict)
+
+
+@dataclass(frozen=True)
+class TowerBatch(Batch):
+    """What one call of a tower is about; positions are a sample's rows.
+
+    Attributes:
+        rows: [sample pos], which are a sample's own; False at padding.
+        spans: (sample, first row, row after the last) in the call's heap of rows.
+        call: Which call of the tower in this pass it is.
+        whole: The batch of the whole pass.
+    """
+
+    whole: Any = None
+    rows: Any = None
+    spans: tuple[tuple[int, int, int], ...] = ()
+    call: int = 0
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """The rows that are not padding."""
+        real: Tensor = self.rows
+        return real
+
+
+class TowerPass:
+    """A tower's calls in one forward pass, and whose their rows are.
+
+    A tower is called once for each modality, each time with the items of all samples in one heap
+    of rows; here a sample's rows are put together.
+    """
+
+    def __init__(self, tower: sites.Tower, hf_model: Any, batch: Batch) -> None:
+        self.tower = tower
+        self.hf_model = hf_model
+        self.batch = batch
+        try:
+            self.calls = tower.calls(hf_model, batch.inputs)
+        except ValueError as error:
+            raise SampleError(f"{', '.join(batch.ids)}: {error}") from error
+        self.spans = [tuple(call.spans()) for call in self.calls]
+
+    @classmethod
+    def of(cls, batch: Batch, hf_model: Any, site: str) -> TowerPass:
+        """The one of this pass, made when it is first asked for."""
+        if site not in batch.towers:
+            tower = sites.find(hf_model, site)
+            if not isinstance(tower, sites.Tower):
+                raise RuntimeError(f"{site!r} is no tower.")
+            batch.towers[site] = cls(tower, hf_model, batch)
+        return batch.towers[site]
+
+    def present(self) -> dict[str, Tensor]:
+        """How many samples have items of each of the tower's modalities."""
+        counts = {c.modality: len(s) for c, s in zip(self.calls, self.spans, strict=True)}
+        return {name: torch.tensor(counts.get(name, 0)) for name in self.tower.modalities}
+
+    def view(self, call: int, device: torch.device) -> TowerBatch:
+        """The batch of a call, with masks on a device; made once a call, not in each layer.
+
+        Raises:
+            RuntimeError: The tower ran more often than its inputs say.
+        """
+        if call >= len(self.calls):
+            raise RuntimeError(
+                f"The {self.tower.name} tower should have run {len(self.calls)} times in this pass."
+            )
+        return self.batch.once(
+            ("view", self.tower.name, call, device), lambda: self._view(call, device)
+        )
+
+    def _view(self, call: int, device: torch.device) -> TowerBatch:
+        spans = self.spans[call]
+        longest = max((stop - start for _, start, stop in spans), default=0)
+        rows = torch.zeros(len(self.batch.ids), longest, dtype=torch.bool)
+        for sample, start, stop in spans:
+            rows[sample, : stop - start] = self.calls[call].rows.real[start:stop]
+        rows = rows.to(device)
+        whole = self.batch
+        return TowerBatch(
+            whole.inputs,
+            {self.calls[call].modality: rows},
+            whole.ids,
+            whole.samples,
+            whole.index,
+            whole=whole,
+            rows=rows,
+            spans=spans,
+            call=call,
+        )
+
+    def padded(self, x: Tensor, call: int) -> tuple[Tensor, TowerBatch]:
+        """Each sample's rows of a call, [sample pos ...], zero where padded, and their batch."""
+        view = self.view(call, x.device)
+        heap = x.flatten(0, -2)
+        if len(view.ids) == 1:
+            ((_, start, stop),) = view.spans
+            return heap[None, start:stop], view
+        laid = heap.new_zeros(*view.rows.shape, heap.shape[-1])
+        for sample, start, stop in view.spans:
+            laid[sample, : stop - start] = heap[start:stop]
+        return laid, view
