@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from miner_lens.analyzers import ImportanceAnalyzer, mine
     from miner_lens.data import Sample, SampleError, datasets
     from miner_lens.experiments import accuracy, answers
-    from miner_lens.models import ModalityLayout, ModelIdentity, generate, inputs, load, wrap
+    from miner_lens.models import (
+        ModalityLayout,
+        ModelIdentity,
+        Point,
+        activation_points,
+        generate,
+        inputs,
+        load,
+        pattern_points,
+        residual_points,
+        wrap,
+    )
     from miner_lens.neurons import NeuronSet, ablate, ablation_hooks, bake
     from miner_lens.report import plots
     from miner_lens.running import Analyzer, Batch, RankError
@@ -42,18 +53,22 @@ _HOMES = {
     "ModalityLayout": "models",
     "ModelIdentity": "models",
     "NeuronSet": "neurons",
+    "Point": "models",
     "RankError": "running",
     "Sample": "data",
     "SampleError": "data",
     "ablate": "neurons",
     "ablation_hooks": "neurons",
     "accuracy": "experiments",
+    "activation_points": "models",
     "answers": "experiments",
     "bake": "neurons",
     "generate": "models",
     "inputs": "models",
     "load": "models",
     "mine": "analyzers",
+    "pattern_points": "models",
+    "residual_points": "models",
     "run": "running",
     "wrap": "models",
 }
@@ -72,12 +87,14 @@ __all__ = [
     "ModalityLayout",
     "ModelIdentity",
     "NeuronSet",
+    "Point",
     "RankError",
     "Sample",
     "SampleError",
     "ablate",
     "ablation_hooks",
     "accuracy",
+    "activation_points",
     "answers",
     "bake",
     "datasets",
@@ -87,7 +104,9 @@ __all__ = [
     "load",
     "mine",
     "organisms",
+    "pattern_points",
     "plots",
+    "residual_points",
     "run",
     "wrap",
 ]

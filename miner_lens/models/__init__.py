@@ -5,5 +5,17 @@ from miner_lens.models.generation import generate, inputs
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.loading import load
 from miner_lens.models.modality import ModalityLayout
+from miner_lens.models.points import Point, activation_points, pattern_points, residual_points
 
-__all__ = ["ModalityLayout", "ModelIdentity", "generate", "inputs", "load", "wrap"]
+__all__ = [
+    "ModalityLayout",
+    "ModelIdentity",
+    "Point",
+    "activation_points",
+    "generate",
+    "inputs",
+    "load",
+    "pattern_points",
+    "residual_points",
+    "wrap",
+]
