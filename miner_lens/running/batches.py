@@ -5,29 +5,28 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from miner_lens.data.sample import Sample, SampleError
-from miner_lens.running.batch import Batch
-from miner_lens.models.generation import Inputs, input_device, render, to_device
 from miner_lens.models.access import layout
+from miner_lens.models.generation import Inputs, input_device, render, to_device
+from miner_lens.running.batch import Batch
 
 BatchSize = int | Literal["auto"]
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 
-# Batches by length are packed from so many consecutive samples: enough to find company of the same
-# length, few enough to hold opened images of.
+# batch_size="auto" packs so many consecutive samples: enough to find company of the same length,
+# few enough to hold opened images of.
 WINDOW = 32
 # How much of a sample's row may be padding.
 PADDING = 0.25
-# Where packing by length starts: with so many tokens in a pass, padding included, a device is
-# busy, and more would only take memory.
+# How many tokens it begins with in a pass, padding included: a device is busy then, and more would
+# only take memory.
 TOKENS = {"cpu": 2_048, "accelerator": 16_384}
 
 
@@ -36,131 +35,81 @@ class Item:
     """One item of the data on its way to the model.
 
     Attributes:
-        index: Its place in the data.
+        number: Its place in the data.
         value: A sample or a prepared pair.
-        inputs: The sample's own model inputs, on the CPU, where batches are made by length.
+        inputs: A sample's model inputs, on the CPU.
+        error: Why it has none.
     """
 
-    index: int
+    number: int
     value: Any
     inputs: Inputs | None = None
+    error: SampleError | None = None
+
+    @classmethod
+    def prepared(cls, model: Any, number: int, value: Any) -> Item:
+        """An item with the inputs that the processor makes of it."""
+        if not isinstance(value, Sample):
+            return cls(number, value)
+        try:
+            return cls(number, value, render(model, [value.messages]))
+        except SampleError as error:
+            named = SampleError(f"{cls(number, value).name}: {error}")
+            return cls(number, value, error=named)
 
     @property
     def name(self) -> str:
         """What error messages call it."""
-        return getattr(self.value, "id", None) or f"sample {self.index}"
+        return getattr(self.value, "id", None) or f"sample {self.number}"
 
     @property
     def tokens(self) -> int:
         """How many there are, as far as is known."""
-        return 0 if self.inputs is None else int(self.inputs["input_ids"].shape[1])
-
-    @property
-    def kind(self) -> str:
-        """Samples of one kind have inputs that can be put together without the processor."""
-        if self.inputs is None:
-            return ""
-        ids = self.inputs["input_ids"]
-        return repr(sorted((name, _row(value, ids)) for name, value in self.inputs.items()))
+        return 0 if self.inputs is None else self.inputs["input_ids"].shape[1]
 
 
-@dataclass
-class Arranged:
-    """Entries in the order in which they will be run, with what was prepared of them.
+class Sampler:
+    """Which prepared items go into a pass together.
+
+    What goes together depends on the items of a unit and the limit alone, never on what was run
+    before, so a run that was stopped goes on with the same passes.
 
     Attributes:
-        pending: The items.
-        ready: Inputs, on the CPU, of those that go together, by their places in the data.
+        size: Consecutive items in a unit.
+        limit: The most tokens in a pass, padding included, where samples of like length are put
+            together (a longer sample is a pass by itself); None to put a unit's together.
     """
 
-    pending: list[Item]
-    ready: dict[tuple[int, ...], Inputs] = field(default_factory=dict)
+    def __init__(self, batch_size: BatchSize, device: torch.device) -> None:
+        auto = batch_size == "auto"
+        self.size = WINDOW if auto else int(batch_size)
+        self.limit = TOKENS.get(device.type, TOKENS["accelerator"]) if auto else None
 
+    def arrange(self, items: Sequence[Item]) -> list[Item]:
+        """The items of a unit in the order in which they are run."""
+        if self.limit is None:
+            return list(items)
+        return sorted(items, key=lambda item: -item.tokens)
 
-class FixedBatches:
-    """So many consecutive samples in a pass; a prepared pair is a pass by itself."""
+    def take(self, pending: Sequence[Item]) -> list[Item]:
+        """The next items that go into one pass."""
+        first, most, least = pending[0], len(pending), 0.0
+        if self.limit is not None and first.tokens:
+            most, least = max(1, self.limit // first.tokens), (1 - PADDING) * first.tokens
+        taken, rows = 0, {} if first.inputs is None else _rows(first.inputs)
+        for item in pending[:most]:
+            if item.inputs is None or item.tokens < least or not _fit(rows, _rows(item.inputs)):
+                break
+            rows |= _rows(item.inputs)
+            taken += 1
+        return list(pending[: taken or 1])
 
-    limit: int | None = None
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def arrange(self, model: Any, items: Sequence[Item]) -> Arranged:
-        """Prepare those together that will be run together."""
-        arranged = Arranged(list(items))
-        left = arranged.pending
-        while left:
-            group = left[: self.take(left)]
-            left = left[len(group) :]
-            if isinstance(group[0].value, Sample):
-                # One that fails is tried again when its turn comes, and raised or skipped there.
-                with suppress(SampleError):
-                    arranged.ready[_places(group)] = _render(model, group)
-        return arranged
-
-    def take(self, pending: Sequence[Item]) -> int:
-        """How many of the next items go into one pass."""
-        samples = 0
-        while samples < min(self.size, len(pending)) and isinstance(pending[samples].value, Sample):
-            samples += 1
-        return samples or 1
-
-    def lower(self, group: Sequence[Item]) -> bool:
-        """Take less after memory ran out; whether that can be done."""
-        return False
-
-
-class BatchesByLength:
-    """As many samples of a window in a pass as a number of tokens allows, longest first.
-
-    What goes together depends on the samples and the limit alone, never on what was run before, so
-    a run that was stopped goes on with the same passes. The limit is kept in checkpoints.
-
-    Args:
-        limit: Tokens in a pass, padding included. A longer sample is a pass by itself.
-    """
-
-    size = WINDOW
-
-    def __init__(self, limit: int) -> None:
-        self.limit: int | None = limit
-
-    def arrange(self, model: Any, items: Sequence[Item]) -> Arranged:
-        """Prepare each sample by itself, and put those of a kind and of a length side by side."""
-        prepared = [self._prepare(model, item) for item in items]
-        prepared.sort(key=lambda item: (item.kind, -item.tokens, item.index))
-        return Arranged(prepared)
-
-    def _prepare(self, model: Any, item: Item) -> Item:
-        if not isinstance(item.value, Sample):
-            return item
-        try:
-            return Item(item.index, item.value, _render(model, [item]))
-        except SampleError:
-            # It is tried again by itself, where the error is raised or the sample skipped.
-            return item
-
-    def take(self, pending: Sequence[Item]) -> int:
-        """How many of the next items go into one pass."""
-        assert self.limit is not None
-        first = pending[0]
-        if first.inputs is None:
-            return 1
-        alike, least = 1, (1 - PADDING) * first.tokens
-        while (
-            alike < len(pending)
-            and pending[alike].kind == first.kind
-            and pending[alike].tokens >= least
-        ):
-            alike += 1
-        return min(alike, max(1, self.limit // first.tokens))
-
-    def lower(self, group: Sequence[Item]) -> bool:
+    def lower(self, taken: Sequence[Item]) -> bool:
         """Halve the limit after memory ran out; whether that can be done."""
-        if len(group) == 1:
+        if self.limit is None or len(taken) == 1:
             return False
         # Memory that is short for a few samples is short whatever the limit was.
-        self.limit = len(group) // 2 * group[0].tokens
+        self.limit = len(taken) // 2 * taken[0].tokens
         return True
 
 
@@ -194,14 +143,6 @@ def ahead(
         raise end
 
 
-def batching(batch_size: BatchSize, model: Any) -> FixedBatches | BatchesByLength:
-    """The way of making batches that `run(batch_size=...)` asks for."""
-    if batch_size == "auto":
-        on_cpu = input_device(model).type == "cpu"
-        return BatchesByLength(TOKENS["cpu" if on_cpu else "accelerator"])
-    return FixedBatches(batch_size)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was too little memory for this pass."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -217,48 +158,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def make_batch(
-    model: Any, group: Sequence[Item], ready: dict[tuple[int, ...], Inputs] | None = None
-) -> Batch:
+def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     """What the model is given for some samples, or for one prepared pair.
-
-    Args:
-        model: A bridge with a processor.
-        group: Samples, or one pair.
-        ready: Inputs that were prepared before, by the samples' places; used up.
 
     Raises:
         SampleError: A sample cannot be read.
         ValueError: A pair is malformed.
     """
-    first = group[0]
-    if not isinstance(first.value, Sample):
-        return _prepared(model, first)
-    ids = tuple(item.name for item in group)
-    apart = [item.inputs for item in group if item.inputs is not None]
-    if len(apart) == len(group):
-        tokenizer = getattr(model.processor, "tokenizer", model.processor)
-        inputs = put_together(apart, tokenizer.pad_token_id or 0)
-    else:
-        known = {} if ready is None else ready
-        places = _places(group)
-        inputs = known.pop(places) if places in known else _render(model, group)
-    inputs = to_device(inputs, input_device(model))
+    first = items[0]
+    if first.error is not None:
+        raise first.error
+    if first.inputs is None:
+        return _from_pair(model, first)
+    tokenizer = getattr(model.processor, "tokenizer", model.processor)
+    apart = [item.inputs for item in items if item.inputs is not None]
+    inputs = to_device(put_together(apart, tokenizer.pad_token_id or 0), input_device(model))
     masks = layout(model).masks(inputs["input_ids"], inputs.get("attention_mask"))
-    samples = tuple(item.value for item in group)
-    return Batch(inputs, masks, ids, samples, _places(group))
-
-
-def _places(group: Sequence[Item]) -> tuple[int, ...]:
-    return tuple(item.index for item in group)
-
-
-def _render(model: Any, group: Sequence[Item]) -> Inputs:
-    try:
-        return render(model, [item.value.messages for item in group])
-    except SampleError as error:
-        names = ", ".join(item.name for item in group)
-        raise SampleError(f"{names}: {error}") from error
+    names, values, numbers = zip(*((i.name, i.value, i.number) for i in items), strict=True)
+    return Batch(inputs, masks, names, values, numbers)
 
 
 def put_together(apart: Sequence[Inputs], pad: int) -> Inputs:
@@ -268,17 +185,17 @@ def put_together(apart: Sequence[Inputs], pad: int) -> Inputs:
     to end.
 
     Args:
-        apart: Model inputs of one sample each, all of one kind.
+        apart: Model inputs of one sample each, which fit one another.
         pad: The token id to pad with.
     """
     longest = max(inputs["input_ids"].shape[1] for inputs in apart)
     together: Inputs = {}
-    for name, first in apart[0].items():
-        values = [inputs[name] for inputs in apart]
-        if not isinstance(first, Tensor):
+    for name in dict.fromkeys(name for inputs in apart for name in inputs):
+        values = [inputs[name] for inputs in apart if name in inputs]
+        if not isinstance(values[0], Tensor):
             together[name] = [one for value in values for one in value]
             continue
-        if _per_token(first, apart[0]["input_ids"]):
+        if values[0].shape == apart[0]["input_ids"].shape:
             fill = pad if name == "input_ids" else 0
             values = [
                 torch.nn.functional.pad(v, (longest - v.shape[1], 0), value=fill) for v in values
@@ -287,45 +204,49 @@ def put_together(apart: Sequence[Inputs], pad: int) -> Inputs:
     return together
 
 
-def _per_token(value: Any, ids: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == ids.shape
+def _rows(inputs: Inputs) -> dict[str, tuple[Any, ...]]:
+    """By name, what must be alike for two samples' inputs to be put together."""
+    shape, rows = inputs["input_ids"].shape, {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            rows[name] = ("pos",) if value.shape == shape else (value.dtype, *value.shape[1:])
+        else:
+            rows[name] = (type(value),)
+    return rows
 
 
-def _row(value: Any, ids: Tensor) -> tuple[Any, ...]:
-    """What must be alike for two inputs of one name to be put together."""
-    if not isinstance(value, Tensor):
-        return (type(value).__name__,)
-    return (str(value.dtype), *(("pos",) if _per_token(value, ids) else value.shape[1:]))
+def _fit(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether what there is for each token is the same, and the rest of one kind where in both."""
+    return all(
+        one[name] == two[name] if name in one and name in two else row != ("pos",)
+        for name, row in (one | two).items()
+    )
 
 
-def _prepared(model: Any, item: Item) -> Batch:
-    pair, index = item.value, item.index
+def _from_pair(model: Any, item: Item) -> Batch:
+    pair, number = item.value, item.number
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
         raise ValueError(
             "Data must be Samples or pairs (model_inputs, masks); item "
-            f"{index} is {type(pair).__name__}."
+            f"{number} is {type(pair).__name__}."
         )
-    device = input_device(model)
-    inputs = to_device(dict(pair[0]), device)
+    inputs, masks = (to_device(dict(part), input_device(model)) for part in pair)
     if "input" in inputs:
         inputs["input_ids"] = inputs.pop("input")
-    masks = to_device(dict(pair[1]), device)
     if "input_ids" not in inputs:
-        raise ValueError(f"Item {index}: the model inputs have no input_ids.")
+        raise ValueError(f"Item {number}: the model inputs have no input_ids.")
+    if not masks:
+        raise ValueError(f"Item {number}: masks must name at least one modality.")
     shape = inputs["input_ids"].shape
+    one = f"sample {number}"
+    names = (one,) if shape[0] == 1 else tuple(f"{one}, row {row}" for row in range(shape[0]))
+    batch = Batch(inputs, masks, names, index=(number,) * shape[0])
     for modality, mask in masks.items():
         if mask.shape != shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"Item {index}: the mask of {modality!r} must be a boolean tensor of shape "
+                f"Item {number}: the mask of {modality!r} must be a boolean tensor of shape "
                 f"{tuple(shape)} like input_ids, not {mask.dtype} of shape {tuple(mask.shape)}."
             )
-    if not masks:
-        raise ValueError(f"Item {index}: masks must name at least one modality.")
-    rows = range(shape[0])
-    one = (f"sample {index}",)
-    names: Iterable[str] = one if len(rows) == 1 else (f"sample {index}, row {r}" for r in rows)
-    batch = Batch(inputs, masks, tuple(names), index=(index,) * len(rows))
-    for modality, mask in masks.items():
         if bool((mask & ~batch.real).any()):
-            raise ValueError(f"Item {index}: the mask of {modality!r} marks padding as well.")
+            raise ValueError(f"Item {number}: the mask of {modality!r} marks padding as well.")
     return batch

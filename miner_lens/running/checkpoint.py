@@ -1,8 +1,8 @@
 """Let a run continue where it was stopped.
 
-Each process keeps one file, replaced whole, with its analyzers' states and which items they cover.
-What is done is what the files say together, whoever has written them. A file that is damaged says
-nothing, so its items are done again.
+Each process keeps one file, replaced whole, with its analyzers' states and the items that they have
+seen. What is done is what the files say together, whoever has written them. A file that is damaged
+says nothing, so its items are done again.
 """
 
 from __future__ import annotations
@@ -10,69 +10,61 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from jaxtyping import Int64
 from torch import Tensor
 
 from miner_lens import files
-from miner_lens.running.shards import Covered, Digest
+from miner_lens.running.analyzer import State
+from miner_lens.running.shards import signature
 
 KIND = "run"
 LOCK = ".lock"
 NAME = "rank-{rank}-of-{world_size}.safetensors"
-PATTERN = re.compile(r"rank-(\d+)-of-(\d+)\.safetensors")
+PATTERN = re.compile(r"rank-\d+-of-\d+\.safetensors")
 
 
 @dataclass
 class Record:
-    """What one process has done.
+    """What a process has done.
 
     Attributes:
-        covered: Which items.
+        items: The number and the signature of each item, one after the other.
         skipped: How many of them could not be used.
-        digest: What they were.
         limit: The largest number of tokens in a pass, where batches are made by length.
     """
 
-    covered: Covered = field(default_factory=Covered)
+    items: array[int] = field(default_factory=lambda: array("q"))
     skipped: int = 0
-    digest: Digest = field(default_factory=Digest)
     limit: int | None = None
 
-    def add(self, items: dict[int, Any], skipped: int) -> None:
-        """Count consecutive items of which the analyzers have seen all that can be used."""
-        self.covered.add(min(items), len(items))
+    def __len__(self) -> int:
+        return len(self.items) // 2
+
+    def add(self, unit: dict[int, Any], skipped: int) -> None:
+        """Count items of which the analyzers have seen all that can be used."""
+        for number, item in unit.items():
+            self.items.extend((number, signature(item)))
         self.skipped += skipped
-        for index, item in items.items():
-            self.digest.add(index, item)
 
     def __add__(self, other: Record) -> Record:
         limits = [one.limit for one in (self, other) if one.limit is not None]
         return Record(
-            self.covered + other.covered,
-            self.skipped + other.skipped,
-            self.digest + other.digest,
-            min(limits, default=None),
+            self.items + other.items, self.skipped + other.skipped, min(limits, default=None)
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON can hold it."""
-        return vars(self) | {
-            "covered": self.covered.progressions,
-            "digest": self.digest.levels,
-            "items": len(self.covered),
-        }
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Record:
-        """The record that `to_dict` gave."""
-        covered, digest = Covered(saved["covered"]), Digest(saved["digest"])
-        return cls(covered, saved["skipped"], digest, saved["limit"])
+    @property
+    def pairs(self) -> Int64[Tensor, "item 2"]:
+        """(number, signature) of each item."""
+        return torch.tensor(self.items, dtype=torch.long).reshape(-1, 2)
 
 
 class Checkpoint:
@@ -97,6 +89,7 @@ class Checkpoint:
         self.folder, self.name = Path(folder), name
         self._seconds, self._samples, self._settings = seconds, samples, settings
         self._written, self._items = time.monotonic(), 0
+        self._taken_over: list[str] = []
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -106,93 +99,104 @@ class Checkpoint:
             ValueError: Another run is using it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / LOCK, timeout=0)
         try:
-            lock.acquire()
+            with FileLock(self.folder / LOCK, timeout=0):
+                yield
         except Timeout as error:
             raise ValueError(
                 f"Another run is using {self.folder}. Wait for it, or give another folder. (If "
                 f"there is none, its host may have died: remove {self.folder / LOCK}.)"
             ) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
-    def survey(self) -> dict[str, Any]:
-        """The intact files' records, as JSON can hold them, by name. Rank 0 does this for all.
+    def survey(self) -> dict[str, list[int]]:
+        """What the intact files cover, by their names. Rank 0 does this for all.
+
+        A file that shares items with a larger one is left out: it was merged into that one, or a
+        process went on writing after its run was over.
+
+        Returns:
+            The numbers and signatures of each file's items, one after the other.
 
         Raises:
-            ValueError: The files are of a run with other settings, or cover an item twice.
+            ValueError: The files are of a run with other settings.
         """
         for half in self.folder.glob(".rank-*.safetensors.*"):  # of a write that was cut off
             half.unlink(missing_ok=True)
-        found: dict[str, Any] = {}
+        records: dict[str, Record] = {}
         for path in sorted(self.folder.iterdir()):
-            if not PATTERN.fullmatch(path.name):
-                continue
-            try:
-                _, metadata = files.read(path, KIND)
-            except ValueError as error:
-                warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
-                continue
-            settings = metadata.pop("settings")
-            if settings != self._settings:
-                raise ValueError(
-                    f"{self.folder} holds another run. Its settings: {settings}; this "
-                    f"run's: {self._settings}. Use the same ones, or another folder."
-                )
-            found[path.name] = metadata
-        covered = [(name, Record.from_dict(one).covered) for name, one in found.items()]
-        for number, (name, one) in enumerate(covered):
-            for other, two in covered[:number]:
-                if one.overlaps(two):
-                    raise ValueError(
-                        f"{name} and {other} in {self.folder} cover the same samples, so they are "
-                        "of several runs. Use another folder."
-                    )
+            if PATTERN.fullmatch(path.name):
+                try:
+                    content = files.read(path, KIND)
+                except ValueError as error:
+                    warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
+                else:
+                    records[path.name] = self._parse(*content)[0]
+        found: dict[str, list[int]] = {}
+        seen: set[int] = set()
+        for name, record in sorted(records.items(), key=lambda one: -len(one[1])):
+            numbers = record.items[::2]
+            if seen.isdisjoint(numbers):
+                found[name] = record.items.tolist()
+                seen.update(numbers)
         return found
 
-    def load(self, name: str, record: Record, analyzers: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """A file's states, one for each analyzer.
+    def load(self, found: dict[str, list[int]], analyzers: Sequence[Any], first: bool) -> Record:
+        """Merge into new analyzers what this process's own file holds.
+
+        The first process also takes over the files of earlier runs with another number of ranks;
+        its next write replaces them.
 
         Raises:
-            ValueError: The file has changed since `survey` read it.
+            ValueError: A file has changed since `survey` has read it.
         """
-        tensors, metadata = files.read(self.folder / name, KIND)
-        if metadata["items"] != len(record.covered):
-            # Merged with what was computed since, some samples would count twice.
+        of_world = self.name[self.name.index("-of-") :]
+        self._taken_over = [name for name in found if first and not name.endswith(of_world)]
+        record = Record()
+        for name in [self.name] * (self.name in found) + self._taken_over:
+            one, states = self._parse(*files.read(self.folder / name, KIND))
+            if one.items.tolist() != found[name]:
+                # Merged with what will be computed, some samples would count twice.
+                raise ValueError(
+                    f"{self.folder / name} was written by another process a moment ago. Start this "
+                    "run again, alone."
+                )
+            record += one
+            for analyzer, state in zip(analyzers, states, strict=True):
+                analyzer.merge_state_dict(state)
+        self._items = len(record)
+        return record
+
+    def _parse(self, tensors: State, metadata: dict[str, Any]) -> tuple[Record, list[State]]:
+        if metadata["settings"] != self._settings:
             raise ValueError(
-                f"{self.folder / name} was written by another process while this run was going on: "
-                f"it covers {metadata['items']} samples, not {len(record.covered)}. Start this run "
-                "again, alone."
+                f"{self.folder} holds another run. Its settings: {metadata['settings']}; this "
+                f"run's: {self._settings}. Use the same ones, or another folder."
             )
-        if name == self.name:
-            self._items = len(record.covered)
-        return [
-            {
-                key.removeprefix(f"{index}/"): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(f"{index}/")
-            }
-            for index in range(len(analyzers))
-        ]
+        items = array("q", tensors.pop("items").flatten().tolist())
+        states: list[State] = [{} for _ in self._settings["analyzers"]]
+        for key, tensor in tensors.items():
+            number, _, rest = key.partition("/")
+            states[int(number)][rest] = tensor
+        return Record(items, metadata["skipped"], metadata["limit"]), states
 
     def is_due(self, record: Record, finished: bool = False) -> bool:
         """Whether it is time to write, or there is anything to write after the last sample."""
-        new = len(record.covered) - self._items
+        new = len(record) - self._items
         if finished:
-            return new > 0
+            return new > 0 or bool(self._taken_over)
         enough = self._samples is not None and new >= self._samples
         return enough or time.monotonic() - self._written >= self._seconds
 
     def write(self, record: Record, analyzers: Sequence[Any]) -> None:
-        """Put this process's file in the place of the one before."""
+        """Put this process's file in the place of the one before, and of those that it replaces."""
         tensors = {
             f"{index}/{name}": tensor
             for index, analyzer in enumerate(analyzers)
             for name, tensor in analyzer.state_dict().items()
         }
-        metadata = record.to_dict() | {"settings": self._settings}
-        files.write(self.folder / self.name, KIND, tensors, metadata)
-        self._written, self._items = time.monotonic(), len(record.covered)
+        metadata = {"settings": self._settings, "skipped": record.skipped, "limit": record.limit}
+        files.write(self.folder / self.name, KIND, tensors | {"items": record.pairs}, metadata)
+        for name in self._taken_over:
+            (self.folder / name).unlink(missing_ok=True)
+        self._taken_over = []
+        self._written, self._items = time.monotonic(), len(record)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from miner_lens.data.sample import Sample
 from miner_lens.models.access import identity
 from miner_lens.models.bridge import is_bridge, prepare
-from miner_lens.models.generation import Inputs
+from miner_lens.models.generation import Inputs, input_device
 from miner_lens.models.modality import Masks
-from miner_lens.running.analyzer import Analyzer, State
-from miner_lens.running.batches import BatchSize, batching
+from miner_lens.running.analyzer import Analyzer
+from miner_lens.running.batches import BatchSize, Sampler, ahead
 from miner_lens.running.checkpoint import NAME, Checkpoint, Record
-from miner_lens.running.distributed import Ranks, joined
+from miner_lens.running.distributed import RankError, Ranks, joined
 from miner_lens.running.passes import OnError, Passes, evaluating
 from miner_lens.running.progress import Bar
-from miner_lens.running.shards import Items, Shard
+from miner_lens.running.shards import Items, OtherDataError, Shard, signature
 
 Prepared = tuple[Inputs, Masks]
 Data = Iterable[Sample] | Iterable[Prepared] | Mapping[str, Iterable[Sample]]
@@ -83,65 +84,70 @@ def run(
     prepare(model)
     for analyzer in analyzers:
         analyzer.begin(model)
-    batches = batching(batch_size, model)
+    sampler = Sampler(batch_size, input_device(model))
     items = Items(labelled(data), limit)
+    passes = Passes(model, analyzers, on_error, sampler)
     with joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
-        settings = partial(_settings, model, analyzers, batch_size, on_error)
-        if ranks.world_size > 1:
-            _require_same(ranks, settings(), items)
-        kept, found = None, {}
+        settings = _settings(model, analyzers, batch_size, on_error)
+        if ranks.world_size > 1 or checkpoint is not None:
+            _require_new(analyzers)
+        _require_same(ranks, settings, items)
+        kept, record, done = None, Record(), []
         if checkpoint is not None:
             name = NAME.format(rank=ranks.rank, world_size=ranks.world_size)
-            times = (checkpoint_every, checkpoint_every_samples)
-            kept = Checkpoint(checkpoint, name, *times, settings())
+            kept = Checkpoint(
+                checkpoint, name, checkpoint_every, checkpoint_every_samples, settings
+            )
             if ranks.rank == 0:
                 stack.enter_context(kept.reserved())
             found = ranks.broadcast(kept.survey() if ranks.rank == 0 else None)
-        records = {name: Record.from_dict(saved) for name, saved in found.items()}
-        before = sum(records.values(), Record())
-        record = Record(limit=before.limit)
-        if kept is not None and kept.name in records:
-            record = records[kept.name]
-            for analyzer, state in zip(
-                analyzers, kept.load(kept.name, record, analyzers), strict=True
-            ):
-                analyzer.load_state_dict(state)
-        if record.limit is not None:
-            batches.limit = record.limit
-        own = [NAME.format(rank=r, world_size=ranks.world_size) for r in range(ranks.world_size)]
-        others = [name for name in records if name not in own]
-        shard = Shard(
-            items,
-            batches.size,
-            ranks.rank,
-            ranks.world_size,
-            before.covered,
-            before.digest,
-            in_turn=bool(others),
-        )
-        with evaluating(model), Bar(progress and ranks.rank == 0, items.length) as bar:
-            passes = Passes(
-                model, analyzers, on_error, batches, ranks, kept, before, record, bar
-            )
-            seen, skipped = passes.run(shard)
+            record = kept.load(found, analyzers, first=ranks.rank == 0)
+            done = [number for one in found.values() for number in one]
+        sampler.limit = record.limit or sampler.limit
+        pairs = torch.tensor(done, dtype=torch.long).reshape(-1, 2)
+        shard = Shard(items, sampler.size, ranks.rank, ranks.world_size, pairs)
+        bar = stack.enter_context(Bar(progress and ranks.rank == 0, items.length))
+
+        def show() -> None:
+            bar.show(*ranks.progress(len(record), record.skipped))
+
+        def write(finished: bool = False) -> None:
+            # What is continued with other data must not be written before that is found out.
+            if kept is not None and kept.is_due(record, finished) and shard.checked:
+                kept.write(record, analyzers)
+
+        stack.enter_context(evaluating(model))
+        try:
+            show()
+            with closing(ahead(shard, passes.prepare)) as units:
+                for unit, prepared in units:
+                    record.add(unit, passes.run(prepared))
+                    record.limit = sampler.limit
+                    write()
+                    show()
+        except OtherDataError as error:
+            raise ValueError(
+                f"{checkpoint} was written over other data: {error} Give the same data in the same "
+                "order, or another folder."
+            ) from error
+        except RankError:
+            write(finished=True)
+            raise
+        write(finished=True)
+        counts = ranks.gather([len(record), record.skipped], show)
+        seen, skipped = (sum(one) for one in zip(*counts, strict=True))
+        bar.show(seen, skipped)
         if seen == 0:
             raise ValueError("There is no data: the iterable of samples is empty.")
         if skipped == seen:
             raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
-        for states in ranks.states(analyzers, len(passes.record.covered) > 0):
-            _merge(analyzers, states)
+        for states in ranks.states(analyzers):
+            for analyzer, state in zip(analyzers, states, strict=True):
+                analyzer.merge_state_dict(state)
         if ranks.rank > 0:
             return None
-        for name in others:
-            assert kept is not None
-            _merge(analyzers, kept.load(name, records[name], analyzers))
         results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
-
-
-def _merge(analyzers: tuple[Analyzer[Any], ...], states: list[State]) -> None:
-    for analyzer, state in zip(analyzers, states, strict=True):
-        analyzer.merge_state_dict(state)
 
 
 def labelled(data: Data) -> Any:
@@ -205,9 +211,23 @@ def _advice(checkpoint: str | Path | None) -> str:
     return f"Start it again to continue from {checkpoint}, with any number of processes."
 
 
+def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:
+    for analyzer in analyzers:
+        if analyzer.samples or analyzer.skipped:
+            raise ValueError(
+                f"This {type(analyzer).__name__} has seen {analyzer.samples} samples already. With a "
+                "checkpoint or several processes they would count again each time: give a new one, "
+                "and add the two (a + b) afterwards."
+            )
+
+
 def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
     """Refuse ranks that would not work on the same thing."""
-    mine = {"settings": settings, "samples": items.length, "some samples": items.probe()}
+    if ranks.world_size == 1:
+        return
+    few = sorted({0, (items.length or 1) // 2, (items.length or 1) - 1})
+    some = [signature(items.look_up(one)) for one in few if items.indexed and items.length]
+    mine = {"settings": settings, "samples": items.length, "some samples": some}
     for rank, theirs in enumerate(ranks.gather(mine)):
         for what, value in theirs.items():
             if value != mine[what]:

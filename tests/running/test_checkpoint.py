@@ -1,22 +1,24 @@
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import miner_lens as ml
 from miner_lens import files
-from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint, Past
-from miner_lens.running.shares import Leg, deal
+from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint, Record
+from miner_lens.running.shards import Items, Shard
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -83,7 +85,7 @@ for number, (batch_size, samples, allowed) in enumerate(settings):
         if finished:
             scores = ml.ImportanceScores.load(folder / "scores.safetensors")
             same(scores, whole[batch_size])
-            assert not list(folder.glob(".leg-*")), list(folder.iterdir())
+            assert not list(folder.glob(".rank-*")), list(folder.iterdir())
             report["finished"] += 1
             continue
         assert status == signal.SIGKILL, status
@@ -113,15 +115,13 @@ def mine(model: Any, data: Any, folder: Path | None = None, **options: Any) -> A
 
 
 def items_in(folder: Path) -> int:
-    """How many samples the newest file in a folder covers."""
-    if not folder.exists():
-        return 0
-    return max((files.read(path, KIND)[1]["items"] for path in written(folder)), default=0)
+    """How many samples the files in a folder cover."""
+    return sum(len(files.read(path, KIND)[0]["items"]) for path in written(folder))
 
 
 def written(folder: Path) -> list[Path]:
     """The finished files, without the lock."""
-    return list(folder.glob("leg-*"))
+    return list(folder.glob("rank-*"))
 
 
 def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
@@ -135,29 +135,33 @@ def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
     )
 
 
-def test_every_item_is_dealt_once() -> None:
-    """Legs of 3, 1 and 2 ranks, broken off here and there, against sets of items."""
-    size, units = 3, 20
-    legs, left = [], {unit: set(range(size)) for unit in range(units)}
-    generator = random.Random(0)
-    for world in (3, 1, 2):
-        dealt: dict[int, list[int]] = {rank: [] for rank in range(world)}
-        for unit, (rank, part) in enumerate(
-            itertools.islice(deal([*legs, Leg.fresh(world)]), units)
-        ):
-            assert (rank is None) == (not left[unit])
-            if rank is not None:
-                assert part == set(range(size)) - left[unit]
-                dealt[rank].append(unit)
-        assert sorted(itertools.chain(*dealt.values())) == [unit for unit in left if left[unit]]
-        done, parts = [], []
-        for own in dealt.values():
-            done.append(generator.randrange(4))
-            for unit in own[: done[-1]]:
-                left[unit] = set()
-            parts.append(tuple(sorted(left[own[done[-1]]])[:1]))
-            left[own[done[-1]]] -= set(parts[-1])
-        legs.append(Leg(tuple(done), tuple(parts)))
+def number_of(pairs: torch.Tensor) -> list[int]:
+    return sorted(pairs[:, 0].tolist())
+
+
+@given(
+    total=st.integers(0, 40),
+    size=st.integers(1, 5),
+    runs=st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(0, 5), min_size=4)), max_size=4),
+    walked=st.booleans(),
+)
+def test_every_item_is_dealt_once(
+    total: int, size: int, runs: list[tuple[int, list[int]]], walked: bool
+) -> None:
+    """Runs with other numbers of ranks, each broken off after some units of each rank."""
+    data = [f"item {number}" for number in range(total)]
+    record = Record()
+    for world_size, after in [*runs, (3, [100] * 3)]:
+        done, parts = record.pairs, []
+        for rank in range(world_size):
+            items = Items(iter(data) if walked else data, None)
+            units = list(Shard(items, size, rank, world_size, done))
+            assert all(len(unit) <= size for unit in units)
+            assert not {number for unit in units for number in unit} & set(number_of(done))
+            parts += units[: after[rank]]
+        for unit in parts:
+            record.add(unit, 0)
+    assert number_of(record.pairs) == list(range(total))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +186,7 @@ def test_a_finished_run_is_not_run_again(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = mine(shapes, data[:8], tmp_path)
-    monkeypatch.setattr("miner_lens.running.work._forward", None)
+    monkeypatch.setattr("miner_lens.running.passes.forward", None)
     same(mine(shapes, data[:8], tmp_path), first)
 
 
@@ -208,7 +212,7 @@ def test_clears_up_after_a_first_write_that_was_cut_off(
     shapes: Any, data: list[ml.Sample], tmp_path: Path
 ) -> None:
     """Nothing else is in the folder then, so there is nothing to continue, but half a file."""
-    half = tmp_path / f".{NAME.format(leg=0, rank=0, world=1, slot=1)}.half"
+    half = tmp_path / f".{NAME.format(rank=0, world_size=1)}.half"
     half.write_bytes(b"half")
     same(mine(shapes, data[:4], tmp_path), mine(shapes, data[:4]))
     assert not half.exists()
@@ -255,7 +259,7 @@ class Opened:
 def test_what_is_done_is_hardly_opened_again(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("miner_lens.running.shares.SPOT_CHECKS", 2)
+    monkeypatch.setattr("miner_lens.running.shards.SPOT_CHECKS", 2)
     mine(shapes, Opened(data[:8]), tmp_path)
     again = Opened(data[:9])
     mine(shapes, again, tmp_path)
@@ -286,48 +290,63 @@ def test_samples_of_odd_shape_are_skipped_with_a_checkpoint_too(
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damaged_file(shapes: Any, data: list[ml.Sample], tmp_path: Path, damage: str) -> None:
-    def spoil(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        if damage == "truncated":
-            content = content[: len(content) // 2]
-        else:
-            content[-100] ^= 1
-        path.write_bytes(content)
-
     with pytest.raises(StopHereError):
         mine(shapes, stopping(data, 8), tmp_path)
-    newest = max(written(tmp_path), key=lambda path: files.read(path, KIND)[1]["writes"])
-    spoil(newest)
-    with pytest.warns(UserWarning, match="Continuing from the checkpoint before"):
-        resumed = mine(shapes, data[:8], tmp_path)
-    same(resumed, mine(shapes, data[:8]))
-    for path in written(tmp_path):
-        spoil(path)
-    with pytest.raises(ValueError, match="No intact checkpoint"):
-        mine(shapes, data[:8], tmp_path)
+    (path,) = written(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"What it covers is done again: .*rank-0-of-1"):
+        again = mine(shapes, data[:8], tmp_path)
+    same(again, mine(shapes, data[:8]))
+    assert items_in(tmp_path) == 8
 
 
-class Numbers:
+class Numbers(ml.Analyzer[None]):
     """An analyzer with a small state."""
 
-    def __init__(self) -> None:
-        self.numbers = torch.arange(3.0)
+    def points(self, model: Any) -> list[ml.Point]:
+        return []
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"numbers": self.numbers}
+    def see(self, x: torch.Tensor, point: ml.Point, batch: ml.Batch) -> None:
+        pass
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        self.numbers = state["numbers"]
+    def result(self) -> None:
+        pass
+
+    @classmethod
+    def of(cls, samples: int) -> Numbers:
+        analyzer = cls()
+        analyzer.load_state_dict(
+            {
+                "samples": torch.tensor(samples),
+                "skipped": torch.tensor(0),
+                "sum/00000//numbers": torch.arange(3.0) * samples,
+            }
+        )
+        return analyzer
+
+
+def a_file(folder: Path, rank: int, world_size: int, *numbers: int) -> Checkpoint:
+    """Write what a rank has seen of some items."""
+    name = NAME.format(rank=rank, world_size=world_size)
+    checkpoint = Checkpoint(folder, name, 0, None, {"model": "m", "analyzers": ["Numbers"]})
+    checkpoint.survey()
+    record = Record()
+    record.add({number: f"item {number}" for number in numbers}, 0)
+    checkpoint.write(record, [Numbers.of(len(numbers))])
+    return checkpoint
 
 
 def test_damage_anywhere(tmp_path: Path) -> None:
     """A bit flipped in any byte, or a cut: never taken for a checkpoint, or it changed nothing."""
-    checkpoint = Checkpoint(tmp_path, 0, None, {"model": "m"})
-    record = Past.none(1).record(0)
-    record.note({0: "item"}, 0, 0)
-    checkpoint.write(record, [Numbers()])
+    checkpoint = a_file(tmp_path, 0, 1, 0, 1)
     (path,) = written(tmp_path)
     good = path.read_bytes()
+    whole = checkpoint.survey()
     damages = [good[:length] for length in range(0, len(good), 7)]
     generator = random.Random(0)
     for place, byte in enumerate(good):
@@ -336,16 +355,44 @@ def test_damage_anywhere(tmp_path: Path) -> None:
     refused = 0
     for damage in damages:
         path.write_bytes(damage)
-        try:
-            past = checkpoint.past(1)
-            analyzer = Numbers()
-            checkpoint.restore(past.names[0], past.record(0), [analyzer])
-        except ValueError:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = checkpoint.survey()
+        if not found:
+            assert "What it covers is done again" in str(caught[0].message)
             refused += 1
-        else:
-            assert past.record(0) == record
-            assert torch.equal(analyzer.numbers, torch.arange(3.0))
+            continue
+        assert found == whole
+        analyzer = Numbers()
+        assert len(checkpoint.load(found, [analyzer], first=True)) == 2
+        assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 2)
     assert refused >= len(damages) - 2
+
+
+def test_files_of_other_numbers_of_ranks_are_taken_over(tmp_path: Path) -> None:
+    a_file(tmp_path, 0, 3, 0, 3)
+    a_file(tmp_path, 1, 3, 1, 4, 7)
+    checkpoint = a_file(tmp_path, 0, 2, 2)
+    analyzer = Numbers()
+    found = checkpoint.survey()
+    record = checkpoint.load(found, [analyzer], first=True)
+    assert number_of(record.pairs) == [0, 1, 2, 3, 4, 7]
+    assert analyzer.samples == 6
+    assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 6)
+    assert len(checkpoint.load(found, [Numbers()], first=False)) == 1
+    # Killed before the files that were merged could be removed: they are not merged once more.
+    old = {path: path.read_bytes() for path in written(tmp_path)}
+    checkpoint.load(found, [Numbers()], first=True)
+    assert checkpoint.is_due(record, finished=True)
+    checkpoint.write(record, [analyzer])
+    assert [path.name for path in written(tmp_path)] == [checkpoint.name]
+    for path, content in old.items():
+        if path.name != checkpoint.name:
+            path.write_bytes(content)
+    assert list(checkpoint.survey()) == [checkpoint.name]
+    # A rank that has not noticed yet that its run is over writes once more.
+    a_file(tmp_path, 0, 3, 0, 3, 6)
+    assert list(checkpoint.survey()) == [checkpoint.name]
 
 
 def test_full_disk(
@@ -363,13 +410,13 @@ def test_full_disk(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(files, "save_file", fill)
     try:
-        with pytest.raises(OSError, match=r"leg-0.*could not be written .*before is intact"):
+        with pytest.raises(OSError, match=r"rank-0.*could not be written .*before is intact"):
             mine(shapes, data[:9], tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(calls) == 2
     assert {path.name for path in tmp_path.iterdir()} == {
-        NAME.format(leg=0, rank=0, world=1, slot=1),
+        NAME.format(rank=0, world_size=1),
         LOCK,
     }
     monkeypatch.undo()
@@ -389,18 +436,19 @@ def test_two_runs_at_once_are_refused(shapes: Any, data: list[ml.Sample], tmp_pa
 
 def test_a_file_that_grows_after_it_was_counted_is_refused(tmp_path: Path) -> None:
     """A rank of a run that lost its rank 0 may still be writing when the next run has begun."""
-    checkpoint = Checkpoint(tmp_path, 0, None, {"model": "m"})
-    late = Past.none(2).record(1)
-    for index in range(3):
-        late.note({index: "item"}, 0, 0)
-        checkpoint.write(late, [Numbers()])
-    past = checkpoint.past(1)
-    assert len(list(checkpoint.earlier(past, 1))) == 1
-    late.note({3: "item"}, 0, 0)
-    for _ in range(2):  # both places
-        checkpoint.write(late, [Numbers()])
-    with pytest.raises(ValueError, match="it covers 4 samples, not 3"):
-        list(checkpoint.earlier(past, 1))
+    checkpoint = a_file(tmp_path, 0, 1, 0)
+    a_file(tmp_path, 1, 2, 1, 2, 3)
+    found = checkpoint.survey()
+    a_file(tmp_path, 1, 2, 1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"rank-1-of-2.* was written by another process"):
+        checkpoint.load(found, [Numbers()], first=True)
+
+
+def test_analyzers_must_be_new(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    analyzer = ml.ImportanceAnalyzer()
+    ml.run(shapes, data[:2], analyzer, progress=False)
+    with pytest.raises(ValueError, match="has seen 2 samples already"):
+        ml.run(shapes, data[:2], analyzer, progress=False, checkpoint=tmp_path)
 
 
 def test_other_runs_are_refused(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:

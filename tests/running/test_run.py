@@ -112,15 +112,15 @@ def test_parts_merge_to_the_whole(shapes: Any, samples: list[ml.Sample]) -> None
     analyzers = [ml.ImportanceAnalyzer() for _ in range(2)]
     ml.run(shapes, samples[:2], analyzers[0], progress=False)
     ml.run(shapes, samples[2:], analyzers[1], progress=False)
-    close(whole, analyzers[0].merge(analyzers[1]).result())
-    close(whole, analyzers[1].merge(analyzers[0]).result())
+    close(whole, (analyzers[0] + analyzers[1]).result())
+    close(whole, (analyzers[1] + analyzers[0]).result())
 
 
 def test_state_continues(shapes: Any, samples: list[ml.Sample]) -> None:
     first = ml.ImportanceAnalyzer()
     ml.run(shapes, samples[:2], first, progress=False)
     second = ml.ImportanceAnalyzer()
-    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
+    second.load_state_dict(first.state_dict())
     resumed = ml.run(shapes, samples[2:], second, progress=False)
     whole = mine(shapes, samples)
     assert torch.equal(resumed.values, whole.values)
@@ -361,7 +361,7 @@ def test_analyzer_refuses_another_model(shapes: Any, tiny: Any, samples: list[ml
     with pytest.raises(ValueError, match="layers"):
         analyzer.hooks(tiny)
     with pytest.raises(ValueError, match="causal"):
-        analyzer.merge(ml.ImportanceAnalyzer("causal"))
+        analyzer + ml.ImportanceAnalyzer("causal")
 
 
 def test_state_does_not_grow(shapes: Any, samples: list[ml.Sample]) -> None:
@@ -369,7 +369,7 @@ def test_state_does_not_grow(shapes: Any, samples: list[ml.Sample]) -> None:
     analyzer = ml.ImportanceAnalyzer()
     for _ in range(2):
         ml.run(shapes, samples, analyzer, progress=False)
-        sizes.append(sum(tensor.numel() for tensor in analyzer.state().values()))
+        sizes.append(sum(tensor.numel() for tensor in analyzer.state_dict().values()))
     assert sizes[0] == sizes[1]
 
 
