@@ -11,7 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from miner_lens.data.rows import from_rows
 from miner_lens.data.sample import Sample
+
+__all__ = ["SampleList", "describe", "from_rows", "load", "scene", "spoken_scenes"]
 
 COLOURS = {
     "red": (255, 0, 0),

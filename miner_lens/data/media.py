@@ -32,10 +32,20 @@ def load_media(messages: Sequence[Message], processor: Any = None) -> list[dict[
     """
     opened = []
     for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        given = _given(message) if isinstance(message, Mapping) else {}
+        if "role" not in given or "content" not in given:
             raise SampleError(f"A message needs a role and a content, not {message!r:.100}.")
-        opened.append({**message, "content": _load_content(message["content"], processor)})
+        opened.append({**given, "content": _load_content(given["content"], processor)})
     return opened
+
+
+def _given(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping without the keys whose value is None.
+
+    Tables give every part of a message the keys of all parts, and a chat template takes the key
+    `image` for an image, whatever its value is.
+    """
+    return {key: value for key, value in mapping.items() if value is not None}
 
 
 def _load_content(content: Any, processor: Any) -> Any:
@@ -45,22 +55,26 @@ def _load_content(content: Any, processor: Any) -> Any:
 
 
 def _load_part(part: Any, processor: Any) -> dict[str, Any]:
-    if not isinstance(part, Mapping) or "type" not in part:
+    given = _given(part) if isinstance(part, Mapping) else {}
+    if "type" not in given:
         raise SampleError(f"A part of a message needs a type, not {part!r:.100}.")
-    kind = str(part["type"]).removesuffix("_url")
+    kind = str(given["type"]).removesuffix("_url")
     if kind not in ("image", "video", "audio"):
-        return dict(part)
-    named = (part[key] for key in (kind, f"{kind}_url", "path", "url") if key in part)
+        return given
+    named = (given[key] for key in (kind, f"{kind}_url", "path", "url") if key in given)
     source = next(named, None)
     if isinstance(source, Mapping) and "url" in source:
         source = source["url"]
+    if isinstance(source, Mapping) and "bytes" in source:
+        # A file as tables store it, {"bytes": ..., "path": ...}, either of them None.
+        source = source["bytes"] or source.get("path")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise SampleError(f"Nothing is fetched from a network: download {source} first.")
     if kind == "image":
         return {"type": kind, kind: load_image(source)}
     if kind == "video":
         return {"type": kind, kind: load_video(source, processor)}
-    return {"type": kind, kind: load_sound(source, part.get("sampling_rate"), processor)}
+    return {"type": kind, kind: load_sound(source, given.get("sampling_rate"), processor)}
 
 
 def load_image(source: Any) -> Image.Image:

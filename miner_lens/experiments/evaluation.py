@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from miner_lens.data.metrics import is_right
 from miner_lens.data.sample import Sample
 from miner_lens.models.generation import Inputs, generate_from, prepare_inputs
+
+# A sample, or a mapping that `Sample.of` takes.
+Item = Sample | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,16 @@ class Questions:
     inputs: Inputs
 
 
-def render(model: Any, data: Iterable[Sample], batch_size: int = 16) -> Iterator[Questions]:
+def render(model: Any, data: Iterable[Item], batch_size: int = 16) -> Iterator[Questions]:
     """Render samples with the model's processor, `batch_size` at a time."""
-    samples = iter(data)
+    samples = map(Sample.of, data)
     while group := tuple(islice(samples, batch_size)):
         yield Questions(group, prepare_inputs(model, [sample.messages for sample in group]))
 
 
 def answers(
     model: Any,
-    data: Iterable[Sample] | Iterable[Questions],
+    data: Iterable[Item] | Iterable[Questions],
     batch_size: int = 16,
     max_new_tokens: int = 16,
 ) -> list[str]:
@@ -42,7 +45,7 @@ def answers(
 
     Args:
         model: A `TransformerBridge` with a processor.
-        data: Samples, or what `render` made of them.
+        data: Samples, mappings with `messages` and `answers`, or what `render` made of them.
         batch_size: Samples in one forward pass.
         max_new_tokens: The length of an answer at most.
     """
@@ -55,7 +58,7 @@ def answers(
 
 def accuracy(
     model: Any,
-    data: Iterable[Sample] | Iterable[Questions],
+    data: Iterable[Item] | Iterable[Questions],
     batch_size: int = 16,
     max_new_tokens: int = 16,
 ) -> float:
@@ -77,7 +80,7 @@ def accuracy(
 
 
 def _rendered(
-    model: Any, data: Iterable[Sample] | Iterable[Questions], batch_size: int
+    model: Any, data: Iterable[Item] | Iterable[Questions], batch_size: int
 ) -> Iterator[Questions]:
     items: Iterator[Any] = iter(data)
     for first in items:
