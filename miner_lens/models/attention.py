@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 HOOKED = {"eager": "hooked_eager", "sdpa": "hooked_sdpa"}
-UNMASKED = "hooked_unmasked"
 
 REBUILT = (
     "TransformerLens rebuilds this model's attention, with a [head, query, key] tensor in every "
@@ -36,7 +35,9 @@ REBUILT = (
 
 Output = tuple[Tensor, Tensor | None]
 
-_bridges: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+# By the Hugging Face module that each is around; a bridge holds its module, so neither lives longer
+# for standing here.
+_bridges: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def attentions_of(bridge: Any) -> list[Any]:
@@ -58,23 +59,9 @@ def install(attentions: list[Any]) -> None:
         config = _config(bridge)
         if config is None:
             continue
-        _bridges[id(bridge.original_component)] = bridge
+        _bridges[bridge.original_component] = weakref.ref(bridge)
         name = config._attn_implementation
         config._attn_implementation = HOOKED.get(name, name)
-
-
-@contextmanager
-def implementation(attentions: list[Any], name: str) -> Iterator[None]:
-    """Compute attention by the named function, and by the former one again afterwards."""
-    configs = {id(c): c for c in (_config(bridge) for bridge in attentions) if c is not None}
-    former = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = name
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = former[key]
 
 
 @contextmanager
@@ -88,25 +75,14 @@ def fused(attentions: list[Any]) -> Iterator[None]:
     configs = [config for config in map(_config, attentions) if config is not None]
     if len(configs) < len(attentions):
         warnings.warn(REBUILT, stacklevel=2)
-    if all(config._attn_implementation in (HOOKED["sdpa"], UNMASKED) for config in configs):
+    former = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = HOOKED["sdpa"]
         yield
-        return
-    with implementation(attentions, HOOKED["sdpa"]):
-        yield
-
-
-@contextmanager
-def unmasked(model: Any) -> Iterator[None]:
-    """Run the decoder without its causal mask, as the reference numbers were made.
-
-    Not how the model was trained. Only for comparing with numbers from code that lost the mask;
-    to score with attention that ignores causality on the real model's activations, use
-    `ml.mine(..., attention="bidirectional")`.
-    """
-    attentions = attentions_of(model)
-    install(attentions)
-    with implementation(attentions, UNMASKED):
-        yield
+    finally:
+        for config, name in zip(configs, former, strict=True):
+            config._attn_implementation = name
 
 
 def _config(bridge: Any) -> Any:
@@ -121,7 +97,8 @@ def _config(bridge: Any) -> Any:
 
 
 def _rotated(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Any, Tensor, Tensor]:
-    bridge: Any = _bridges.get(id(module))
+    reference = _bridges.get(module)
+    bridge = reference() if reference is not None else None
     if bridge is None or not hasattr(bridge, "hook_rot_q"):
         return bridge, query, key
     return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
@@ -178,36 +155,11 @@ def _hooked_sdpa(
     return output
 
 
-def _hooked_unmasked(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> Output:
-    return _hooked_sdpa(
-        module, query, key, value, attention_mask, **(kwargs | {"is_causal": False})
-    )
-
-
 def _reads_scores(bridge: Any) -> bool:
     return bool(bridge.hook_attn_scores.has_hooks())
-
-
-def _unmasked_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    options = {
-        "mask_function": bidirectional_mask_function,
-        "allow_is_causal_skip": False,
-        "allow_is_bidirectional_skip": True,
-    }
-    mask: Tensor | None = sdpa_mask(*args, **(kwargs | options))
-    return mask
 
 
 AttentionInterface.register(HOOKED["eager"], _hooked_eager)
 AttentionMaskInterface.register(HOOKED["eager"], eager_mask)
 AttentionInterface.register(HOOKED["sdpa"], _hooked_sdpa)
 AttentionMaskInterface.register(HOOKED["sdpa"], sdpa_mask)
-AttentionInterface.register(UNMASKED, _hooked_unmasked)
-AttentionMaskInterface.register(UNMASKED, _unmasked_mask)

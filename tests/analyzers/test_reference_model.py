@@ -1,10 +1,4 @@
-"""The small reference checkpoints: logits, scores, neuron sets and ablated logits.
-
-The reference numbers come from decoders that ran without their causal mask (plain transformers
-gives them only when attention is a registered function without a registered mask), so they are
-compared inside `attention.unmasked`. That the models themselves are causal is tested in
-test_models.
-"""
+"""The small reference checkpoints: logits, scores, neuron sets and ablated logits."""
 
 from __future__ import annotations
 
@@ -15,7 +9,6 @@ import pytest
 import torch
 
 import miner_lens as ml
-from miner_lens.models import attention
 from tests.reference import MODEL_INPUTS, REFERENCE, load
 
 SAMPLES = {"tiny_qwen2_vl": 4, "tiny_qwen2_audio": 3}
@@ -31,9 +24,8 @@ class Reference:
         self.bridge = ml.load(REFERENCE / name, device="cpu")
 
     def scores(self, *samples: int) -> ml.ImportanceScores:
-        with attention.unmasked(self.bridge):
-            pairs = (pair(self.expected, sample) for sample in samples)
-            return ml.mine(self.bridge, pairs, progress=False)
+        pairs = (pair(self.expected, sample) for sample in samples)
+        return ml.mine(self.bridge, pairs, progress=False)
 
     def check(self, scores: ml.ImportanceScores, ism: Any) -> None:
         for index, modality in enumerate(self.expected["modalities"]):
@@ -62,8 +54,7 @@ def logits(bridge: Any, inputs: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("name", "sample"), EACH_SAMPLE)
 def test_logits(name: str, sample: int) -> None:
     reference = Reference(name)
-    with attention.unmasked(reference.bridge):
-        ours = logits(reference.bridge, model_inputs(reference.expected, sample))
+    ours = logits(reference.bridge, model_inputs(reference.expected, sample))
     np.testing.assert_allclose(ours, reference.expected[f"s{sample}_logits"], atol=1e-4)
 
 
@@ -92,11 +83,10 @@ def test_ablated_logits(name: str, value: Any, as_hooks: bool) -> None:
     reference = Reference(name)
     bridge, inputs = reference.bridge, model_inputs(reference.expected, 0)
     chosen = reference.scores(*reference.samples).select(0.05)
-    with attention.unmasked(bridge):
-        if as_hooks:
-            with bridge.hooks(fwd_hooks=ml.ablation_hooks(bridge, chosen, value)):
-                ours = logits(bridge, inputs)
-        else:
-            with ml.ablate(bridge, chosen, value):
-                ours = logits(bridge, inputs)
+    if as_hooks:
+        with bridge.hooks(fwd_hooks=ml.ablation_hooks(bridge, chosen, value)):
+            ours = logits(bridge, inputs)
+    else:
+        with ml.ablate(bridge, chosen, value):
+            ours = logits(bridge, inputs)
     np.testing.assert_allclose(ours, reference.expected[f"s0_logits_ablate_{value}"], atol=1e-4)

@@ -420,11 +420,12 @@ def test_no_layout() -> None:
 
 def test_attention_setting_comes_back_after_an_error(tiny: Any) -> None:
     config = tiny.original_model.model.language_model.config
-    before = config._attn_implementation
-    with pytest.raises(RuntimeError), attention.unmasked(tiny):  # noqa: PT012
-        assert config._attn_implementation != before
+    tiny.original_model.set_attn_implementation("eager")
+    fused = attention.fused(attention.attentions_of(tiny))
+    with pytest.raises(RuntimeError), fused:  # noqa: PT012
+        assert config._attn_implementation == "hooked_sdpa"
         raise RuntimeError
-    assert config._attn_implementation == before
+    assert config._attn_implementation == "eager"
 
 
 def test_photographs_are_turned_upright(shapes: Any, plain: Any, tmp_path: Path) -> None:
