@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from miner_lens import files
+from miner_lens.models.access import identity as identity_of
 from miner_lens.models.identity import SITES, ModelIdentity
 from miner_lens.neurons.draw import random
 
@@ -105,6 +106,26 @@ class NeuronSet:
         object.__setattr__(
             self, "_means", None if means is None else means.detach().cpu().float().clone()
         )
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[int, int]] | Any, model: Any, site: str = "llm") -> NeuronSet:
+        """A set of neurons of a model, such as those that a paper or a tool of your own names.
+
+        Args:
+            pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
+            model: A `TransformerBridge` or a plain Hugging Face model.
+            site: Where the neurons live.
+
+        Raises:
+            ValueError: A pair lies outside the model, or the model has no such site.
+
+        Example:
+            neurons = ml.NeuronSet.of([(0, 12), (3, 7)], model)
+            with ml.ablate(model, neurons):
+                answer = ml.generate(model, messages)
+        """
+        found = identity_of(model, site)
+        return cls(pairs, layers=found.layers, neurons=found.neurons, identity=found)
 
     @classmethod
     def from_mask(
@@ -374,7 +395,12 @@ class NeuronSet:
 def _indices(pairs: Any) -> Int64[Tensor, "pair 2"]:
     if not hasattr(pairs, "shape"):
         pairs = list(pairs)
-    index = torch.as_tensor(pairs).detach().cpu()
+    try:
+        index = torch.as_tensor(pairs).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Neurons must be pairs (layer, neuron) of ints; got {pairs!r:.100}."
+        ) from error
     if index.numel() == 0:
         return torch.empty(0, 2, dtype=torch.int64)
     if index.ndim != 2 or index.shape[1] != 2 or index.is_floating_point():

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miner_lens import files
+from miner_lens.models.access import identity
 from miner_lens.models.identity import ModelIdentity
+from miner_lens.neurons.ablation import ablate
 from miner_lens.neurons.neuron_set import NeuronSet
+from tests.towers import vision_model
 
 few = settings(max_examples=30, deadline=None)
 LAYERS, NEURONS = 3, 5
@@ -85,10 +88,25 @@ def test_neuron_outside_the_model(pair: tuple[int, int]) -> None:
         make((0, 0), pair)
 
 
-@pytest.mark.parametrize("pairs", [[1, 2, 3], [(1, 2, 3)], [(0.5, 1.0)]])
+@pytest.mark.parametrize("pairs", [[1, 2, 3], [(1, 2, 3)], [(0.5, 1.0)], [(1, 2), (3,)], ["ab"]])
 def test_not_pairs(pairs: Any) -> None:
     with pytest.raises(ValueError, match=r"must be pairs \(layer, neuron\)"):
         NeuronSet(pairs, layers=3, neurons=5)
+
+
+def test_of_a_model() -> None:
+    model = vision_model()
+    neurons = NeuronSet.of([(1, 40), (0, 3), (0, 3)], model)
+    assert list(neurons) == [(0, 3), (1, 40)]
+    assert neurons.identity == identity(model)
+    tower = NeuronSet.of(np.array([[2, 39]]), model, site="vision")
+    assert (tower.site, tower.layers, tower.neurons) == ("vision", 3, 40)
+    with ablate(model, neurons), ablate(model, tower):
+        pass
+    with pytest.raises(ValueError, match=r"\(2, 0\) \(layer, neuron\) lies outside 2 layers x 48"):
+        NeuronSet.of([(0, 3), (2, 0)], model)
+    with pytest.raises(ValueError, match="not one of its sites"):
+        NeuronSet.of([(0, 3)], model, site="audio")
 
 
 def test_means_and_identity_must_fit() -> None:
