@@ -478,5 +478,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def _continues(inputs: dict[str, Any]) -> bool:
     """Whether a pass continues an earlier one, as steps of generation do."""
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(
+        "cache", inputs.get("past_key_values")
+    )  # as of transformers 5.24, and before
     return cache is not None and cache.get_seq_length() > 0

@@ -135,7 +135,10 @@ class Ranks:
         except RankError:
             raise
         except RuntimeError as error:
-            reason = f"Another rank of {self.world_size} has stopped ({error})."
+            reason = (
+                f"Another rank of {self.world_size} has stopped; its output, or the launcher's, says "
+                "why."
+            )
             with suppress(RuntimeError):
                 if self._store.check(["failed"]):
                     reason = self._store.get("failed").decode()

@@ -80,14 +80,14 @@ class Shard:
         done: Int64[Tensor, "item 2"],
     ) -> None:
         self._items, self._size, self._rank, self._world_size = items, size, rank, world_size
-        self._done = done[done[:, 0].argsort()]
+        self._numbers, self._signatures = done[done[:, 0].argsort()].T.contiguous()
         self._step = 1 if items.free else max(1, len(done) // SPOT_CHECKS)
         self._passed = 0
 
     @property
     def checked(self) -> bool:
         """Whether all that is done has been passed over, and was the same data."""
-        return self._passed == len(self._done)
+        return self._passed == len(self._numbers)
 
     def __iter__(self) -> Iterator[dict[int, Any]]:
         """The items of each unit that are not done, by number.
@@ -95,21 +95,31 @@ class Shard:
         Raises:
             OtherDataError: What is done was done with other data.
         """
-        numbers_done = self._done[:, 0].contiguous()
+        if self._items.indexed:
+            self._pass_over(range(self._items.length or 0), self._items.look_up)
         for unit, (numbers, look_up) in enumerate(self._items.units(self._size)):
-            ends = torch.tensor([numbers.start, numbers.stop])
-            first, last = torch.searchsorted(numbers_done, ends).tolist()
-            done = dict(self._done[first:last].tolist())
-            for place, (number, was) in enumerate(done.items(), first):
-                if place % self._step == 0 and signature(look_up(number)) != was:
-                    raise OtherDataError(f"item {number} is another one now.")
-            self._passed = last
+            if not self._items.indexed:
+                self._pass_over(numbers, look_up)
+            done = set(self._numbers[self._places(numbers)].tolist())
             if unit % self._world_size == self._rank and len(done) < len(numbers):
                 yield {number: look_up(number) for number in numbers if number not in done}
         if not self.checked:
             raise OtherDataError(
-                f"{len(self._done)} items are done, but only {self._passed} of them are there now."
+                f"{len(self._numbers)} items are done, but only {self._passed} of them are there now."
             )
+
+    def _places(self, numbers: range) -> slice:
+        """Where among the items that are done those of a range of numbers are."""
+        ends = torch.tensor([numbers.start, numbers.stop])
+        return slice(*torch.searchsorted(self._numbers, ends).tolist())
+
+    def _pass_over(self, numbers: range, look_up: Callable[[int], Any]) -> None:
+        places = self._places(numbers)
+        for place in range(places.start, places.stop, self._step):
+            number = int(self._numbers[place])
+            if signature(look_up(number)) != int(self._signatures[place]):
+                raise OtherDataError(f"item {number} is another one now.")
+        self._passed = places.stop
 
 
 def _sample(item: Any) -> Any:
