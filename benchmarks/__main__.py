@@ -30,7 +30,7 @@ def main() -> None:
         print(measure_peaks(options.peaks, options.device))
         return
     groups = catalogue(options.device)
-    chosen = _choose(groups, options.rows)
+    chosen = choose(groups, options.rows)
     names = [name for group in groups for name in group.names() if name in chosen]
     if options.list:
         slow = {name for group in groups if group.slow for name in group.names()}
@@ -80,7 +80,7 @@ def _measure(
                 torch.cuda.empty_cache()
 
 
-def _choose(groups: list[Group], patterns: list[str] | None) -> set[str]:
+def choose(groups: list[Group], patterns: list[str] | None) -> set[str]:
     """The names that match; without patterns all but the slow ones."""
     if patterns is None:
         return {name for group in groups if not group.slow for name in group.names()}

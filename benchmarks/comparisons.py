@@ -93,7 +93,7 @@ class Comparison:
         chosen = self._chosen(wanted)
         timed = _workloads_of(row for row in chosen if row.timed)
         times = measure.in_turn(workloads(self.setting, timed, device), runs, device, tick)
-        peaks = _peaks(self.setting, _workloads_of(chosen), device)
+        peaks = peaks_of(self.setting, _workloads_of(chosen), device)
         tick()
         for row in chosen:
             pair = (row.top, row.bottom)
@@ -164,7 +164,7 @@ def _load_code(setting: Setting, names: list[str], device: str) -> None:
         workload()
 
 
-def _peaks(setting: Setting, names: list[str], device: str) -> dict[str, float]:
+def peaks_of(setting: Setting, names: list[str], device: str) -> dict[str, float]:
     asked = {"setting": vars(setting) | {"shape": vars(setting.shape)}, "names": names}
     command = [sys.executable, "-m", "benchmarks", "--device", device]
     done = subprocess.run(

@@ -125,14 +125,14 @@ def test_memory_of_workloads(
 
     monkeypatch.setattr("subprocess.run", here)
     setting = comparisons.Setting(SHAPES["vision"][0], 1, 1200, "fp32")
-    peaks = comparisons._peaks(setting, ["plain", "naive"], "cpu")
+    peaks = comparisons.peaks_of(setting, ["plain", "naive"], "cpu")
     patterns = 4 * 4 * 1200**2 / 1e6  # four heads in fp32
     assert peaks["naive"] > peaks["plain"] + patterns
 
 
 def test_a_comparison_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = comparisons.Setting(SHAPES["vision"][0], 2, 150, "bf16", batch=2)
-    monkeypatch.setattr(comparisons, "_peaks", lambda _, names, device: dict.fromkeys(names, 1.0))
+    monkeypatch.setattr(comparisons, "peaks_of", lambda _, names, device: dict.fromkeys(names, 1.0))
     rows = [
         comparisons.Row(top, top, "plain", Target(1e9), Target(150))
         for top in ("mine", "published", "naive", "ablate")
@@ -201,12 +201,12 @@ def test_without_bfloat16_instructions_the_longest_rows_wait_to_be_asked_for(
 ) -> None:
     monkeypatch.setattr("benchmarks.catalogue.fast_bfloat16", lambda device: False)
     groups = catalogue("cpu")
-    usual = command._choose(groups, None)
+    usual = command.choose(groups, None)
     assert "mine-plain-4096-bf16" in usual
     assert "published-plain-4096-bf16" not in usual
-    assert "published-plain-4096-bf16" in command._choose(groups, ["published-*"])
+    assert "published-plain-4096-bf16" in command.choose(groups, ["published-*"])
     with pytest.raises(SystemExit, match="No row matches nothing"):
-        command._choose(groups, ["nothing"])
+        command.choose(groups, ["nothing"])
 
 
 def test_rows_are_measured_and_printed(

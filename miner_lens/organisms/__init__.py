@@ -1,8 +1,10 @@
-"""Small trained checkpoints that ship with the package, for demonstrations and tests."""
+"""On what, offline? Small trained checkpoints that ship with the package, for demos and tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+__all__ = ["names", "path"]
 
 _FOLDER = Path(__file__).parent
 

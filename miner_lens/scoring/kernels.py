@@ -297,7 +297,7 @@ def statistics(
         torch.gt(chunk, 0, out=positive)
         counts.baddbmm_(inside[:, :, start:stop], positive)
         products.baddbmm_(weights[:, :, start:stop], chunk.float())
-        peaks = torch.maximum(peaks, _maxima(chunk, base[:, :, start:stop], x.is_cpu))
+        peaks = torch.maximum(peaks, maxima(chunk, base[:, :, start:stop], x.is_cpu))
     sections = [len(places), modalities, modalities]
     total, attn_k, attn_q = torch.split(products, sections, 1)
 
@@ -358,7 +358,7 @@ def _chunks(length: int, width: int, device: torch.device) -> Iterable[tuple[int
     return ((start, min(start + rows, length)) for start in range(0, length, rows))
 
 
-def _maxima(
+def maxima(
     x: Float[Tensor, "batch pos neuron"],
     masks: Bool[Tensor, "batch modality pos"],
     by_stretch: bool,

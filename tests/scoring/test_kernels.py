@@ -271,7 +271,7 @@ def test_maxima_as_a_cpu_and_as_a_gpu_computes_them(by_stretch: bool) -> None:
     x = torch.randn(3, 17, 5)
     masks = torch.rand(3, 4, 17) < 0.4
     masks[1, 2] = False
-    found = kernels._maxima(x, masks, by_stretch)
+    found = kernels.maxima(x, masks, by_stretch)
     for row in range(3):
         for modality in range(4):
             inside = x[row, masks[row, modality]]
