@@ -9,11 +9,12 @@ from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
     BlockBridge,
     EmbeddingBridge,
-    LinearBridge,
     RMSNormalizationBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from miner_lens_adapters.components import linear
 
 
 class QwenDecoderAdapter(ArchitectureAdapter):  # type: ignore[misc]
@@ -38,12 +39,7 @@ class QwenDecoderAdapter(ArchitectureAdapter):  # type: ignore[misc]
         attention = AttentionBridge(
             name="self_attn",
             config=self.cfg,
-            submodules={
-                "q": LinearBridge(name="q_proj"),
-                "k": LinearBridge(name="k_proj"),
-                "v": LinearBridge(name="v_proj"),
-                "o": LinearBridge(name="o_proj"),
-            },
+            submodules=linear(q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
             maintain_native_attention=True,
             requires_attention_mask=True,
         )

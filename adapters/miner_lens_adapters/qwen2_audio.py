@@ -7,17 +7,17 @@ opens the tower and keeps the attention native, and takes its place when miner_l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components import LinearBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from miner_lens.models.modality import ModalityLayout
-from miner_lens.models.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
+from miner_lens.models.sites import MLP, Rotary, Rows, Site, Tower, plain
+from miner_lens_adapters.components import linear, plain_mlp
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 
@@ -35,12 +35,7 @@ class AudioBlockBridge(GeneralizedComponent):  # type: ignore[misc]
     def __init__(self, name: str) -> None:
         attention = GeneralizedComponent(
             name="self_attn",
-            submodules={
-                "q": LinearBridge(name="q_proj"),
-                "k": LinearBridge(name="k_proj"),
-                "v": LinearBridge(name="v_proj"),
-                "o": LinearBridge(name="out_proj"),
-            },
+            submodules=linear(q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
         )
         super().__init__(
             name,
@@ -48,9 +43,7 @@ class AudioBlockBridge(GeneralizedComponent):  # type: ignore[misc]
                 "ln1": GeneralizedComponent(name="self_attn_layer_norm"),
                 "attn": attention,
                 "ln2": GeneralizedComponent(name="final_layer_norm"),
-                "fc1": LinearBridge(name="fc1"),
-                "act": GeneralizedComponent(name="activation_fn"),
-                "fc2": LinearBridge(name="fc2"),
+                **plain_mlp("fc1", "activation_fn", "fc2"),
             },
         )
 
@@ -77,7 +70,7 @@ class Qwen2AudioArchitectureAdapter(QwenDecoderAdapter):
             ),
             "audio_projector": GeneralizedComponent(
                 name="model.multi_modal_projector",
-                submodules={"linear": LinearBridge(name="linear")},
+                submodules=linear(linear="linear"),
             ),
         }
 
@@ -136,17 +129,15 @@ class AudioTower(Tower):
         visible = mask[:, 0, 0] if mask.ndim == 4 else mask
         return _frames((visible if visible.dtype == torch.bool else visible >= 0).cpu())
 
-    def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
-        """One call with all clips, if there are any."""
-        if inputs.get("input_features") is None:
-            return []
+    def items(
+        self, hf_model: Any, inputs: Mapping[str, Any], modality: str
+    ) -> tuple[Rows, Sequence[int]]:
+        """Frames of each clip, and the tokens that they become."""
         seconds = inputs["feature_attention_mask"].sum(-1).cpu()
         frames, tokens = self.module(hf_model)._get_feat_extract_output_lengths(seconds)
         longest = hf_model.config.audio_config.max_source_positions
         real = torch.arange(longest) < frames[:, None]
-        placeholders = (inputs["input_ids"] == hf_model.config.audio_token_id).sum(-1)
-        samples = owners(placeholders.tolist(), tokens.tolist())
-        return [Call("audio", _frames(real), samples)]
+        return _frames(real), tokens.tolist()
 
 
 def _frames(real: Tensor) -> Rows:

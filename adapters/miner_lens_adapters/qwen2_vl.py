@@ -7,16 +7,13 @@ gated MLP) does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components import (
-    LinearBridge,
-    VisionProjectionBridge,
-)
+from transformer_lens.model_bridge.generalized_components import VisionProjectionBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder import (
     Qwen3_5VisionBlockBridge,
@@ -24,7 +21,8 @@ from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder
 )
 
 from miner_lens.models.modality import ModalityLayout
-from miner_lens.models.sites import MLP, Call, Rotary, Rows, Site, Tower, owners, plain
+from miner_lens.models.sites import MLP, Rotary, Rows, Site, Tower, plain
+from miner_lens_adapters.components import plain_mlp
 from miner_lens_adapters.decoder import QwenDecoderAdapter, chat_delimiters
 
 
@@ -45,14 +43,7 @@ class Qwen2VLArchitectureAdapter(QwenDecoderAdapter):
 
     def towers(self) -> dict[str, GeneralizedComponent]:
         """The vision tower and the merger, which projects patches into the decoder."""
-        mlp = GeneralizedComponent(
-            name="mlp",
-            submodules={
-                "fc1": LinearBridge(name="fc1"),
-                "act": GeneralizedComponent(name="act"),
-                "fc2": LinearBridge(name="fc2"),
-            },
-        )
+        mlp = GeneralizedComponent(name="mlp", submodules=plain_mlp("fc1", "act", "fc2"))
         return {
             "vision_encoder": Qwen3_5VisionEncoderBridge(
                 name="model.visual",
@@ -66,9 +57,7 @@ class Qwen2VLArchitectureAdapter(QwenDecoderAdapter):
                 name="model.visual.merger",
                 submodules={
                     "ln_q": GeneralizedComponent(name="ln_q"),
-                    "fc1": LinearBridge(name="mlp.0"),
-                    "act": GeneralizedComponent(name="mlp.1"),
-                    "fc2": LinearBridge(name="mlp.2"),
+                    **plain_mlp("mlp.0", "mlp.1", "mlp.2"),
                 },
             ),
         }
@@ -81,7 +70,6 @@ def modality_layout(config: Any, tokenizer: Any = None) -> ModalityLayout:
     return ModalityLayout(media, frozenset(special | chat_delimiters(tokenizer)))
 
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
@@ -141,19 +129,13 @@ class VisionTower(Tower):
         """Patches; each frame of a video attends only to itself."""
         return self._patches(hf_model, arguments["grid_thw"].cpu())
 
-    def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
-        """One call for all images and one for all videos."""
+    def items(
+        self, hf_model: Any, inputs: Mapping[str, Any], modality: str
+    ) -> tuple[Rows, Sequence[int]]:
+        """Patches of each image or video, and the tokens that they are merged into."""
         merged = hf_model.config.vision_config.spatial_merge_size**2
-        calls = []
-        for modality in self.modalities:
-            if inputs.get(PIXELS[modality]) is None:
-                continue
-            grid = inputs[GRIDS[modality]].cpu()
-            token = getattr(hf_model.config, f"{modality}_token_id")
-            placeholders = (inputs["input_ids"] == token).sum(-1)
-            samples = owners(placeholders.tolist(), (grid.prod(-1) // merged).tolist())
-            calls.append(Call(modality, self._patches(hf_model, grid), samples))
-        return calls
+        grid = inputs[GRIDS[modality]].cpu()
+        return self._patches(hf_model, grid), (grid.prod(-1) // merged).tolist()
 
     def _patches(self, hf_model: Any, grid: Tensor) -> Rows:
         frames = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])

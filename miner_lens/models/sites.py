@@ -22,6 +22,13 @@ from miner_lens.models.identity import SITES
 ENTRY_POINTS = "miner_lens.sites"
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
+# What Hugging Face calls a medium among a model's inputs.
+MEDIA_INPUTS = {
+    "image": "pixel_values",
+    "video": "pixel_values_videos",
+    "audio": "input_features",
+}
+
 Rotary = tuple[Float[Tensor, "row d_head"], Float[Tensor, "row d_head"]]
 
 
@@ -134,8 +141,25 @@ class Tower(Site):
         """What the rows are in one call of `module`, from the arguments of that call."""
 
     @abstractmethod
+    def items(
+        self, hf_model: Any, inputs: Mapping[str, Any], modality: str
+    ) -> tuple[Rows, Sequence[int]]:
+        """What the rows are in a modality's call, and how many tokens each of its items becomes.
+
+        Asked for once a call, from the model inputs, so it may wait for the device.
+        """
+
     def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
-        """The calls that a forward pass with these model inputs makes, in order."""
+        """The calls that a forward pass with these model inputs makes: one for each modality."""
+        calls = []
+        for modality in self.modalities:
+            if inputs.get(MEDIA_INPUTS[modality]) is None:
+                continue
+            rows, tokens = self.items(hf_model, inputs, modality)
+            placeholder = getattr(hf_model.config, f"{modality}_token_id")
+            placeholders = (inputs["input_ids"] == placeholder).sum(-1)
+            calls.append(Call(modality, rows, owners(placeholders.tolist(), tokens)))
+        return calls
 
 
 class Decoder(Site):
