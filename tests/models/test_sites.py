@@ -182,8 +182,8 @@ def test_sites_in_one_pass_and_inside_transformer_lens(site: str) -> None:
     assert torch.equal(inside.result().values, both[0].values)
     assert inside.result().occurrences == both[0].occurrences
 
-    with pytest.raises(ValueError, match=f"site 'llm' with scores of site '{site}'"):
-        decoder.merge(tower)
+    with pytest.raises(ValueError, match=f"'site': '{site}'.*'site': 'llm'"):
+        decoder + tower
 
 
 def test_batches_are_their_samples(case: Any) -> None:
@@ -195,7 +195,7 @@ def test_batches_are_their_samples(case: Any) -> None:
         alone = ml.ImportanceAnalyzer(site=site)
         one = only(inputs, sample, site)
         ml.run(bridge, [(one, masks_of(bridge, one))], alone, progress=False)
-        merged = merged.merge(alone)
+        merged = merged + alone
     torch.testing.assert_close(merged.result().values, together.values, atol=1e-5, rtol=0)
     assert merged.result().occurrences == together.occurrences
 
