@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +428,15 @@ def test_attention_setting_comes_back_after_an_error(tiny: Any) -> None:
         assert config._attn_implementation == "hooked_sdpa"
         raise RuntimeError
     assert config._attn_implementation == "eager"
+
+
+def test_a_model_that_nobody_holds_is_gone() -> None:
+    bridge = ml.load(ml.organisms.path("shapes"), device="cpu")
+    layer = bridge.blocks[0].attn
+    held = [weakref.ref(part) for part in (bridge, layer, layer.original_component)]
+    del bridge, layer
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3
 
 
 def test_photographs_are_turned_upright(shapes: Any, plain: Any, tmp_path: Path) -> None:
