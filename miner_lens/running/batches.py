@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
+from miner_lens.data.items import prepared_pair
 from miner_lens.data.sample import Sample, SampleError
 from miner_lens.models.access import layout
+from miner_lens.models.collate import collate, fit, kinds
 from miner_lens.models.generation import Inputs, input_device, render, to_device
 from miner_lens.running.batch import Batch
 
@@ -96,11 +97,11 @@ class Sampler:
         first, most, least = pending[0], len(pending), 0.0
         if self.limit is not None and first.tokens:
             most, least = max(1, self.limit // first.tokens), (1 - PADDING) * first.tokens
-        taken, rows = 0, {} if first.inputs is None else _rows(first.inputs)
+        taken, known = 0, {} if first.inputs is None else kinds(first.inputs)
         for item in pending[:most]:
-            if item.inputs is None or item.tokens < least or not _fit(rows, _rows(item.inputs)):
+            if item.inputs is None or item.tokens < least or not fit(known, kinds(item.inputs)):
                 break
-            rows |= _rows(item.inputs)
+            known |= kinds(item.inputs)
             taken += 1
         return list(pending[: taken or 1])
 
@@ -126,36 +127,22 @@ def ahead(
         [('a', 'A'), ('b', 'B')]
     """
     source = iter(items)
-    waiting: tuple[Thing, Future[Made]] | None = None
-    end: Exception | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="miner-lens-prepare") as pool:
-        while end is None:
-            upcoming = None
+
+        def begin() -> Future[tuple[Thing, Made]]:
+            future: Future[Any] = Future()
             try:
                 item = next(source)
-                upcoming = item, pool.submit(prepare, item)
             except Exception as error:
-                end = error
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = upcoming
-    if not isinstance(end, StopIteration):
-        raise end
+                future.set_exception(error)
+                return future
+            return pool.submit(lambda: (item, prepare(item)))
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was too little memory for this pass."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def free_memory() -> None:
-    """Give back what a pass that ran out of memory had taken."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        future = begin()
+        with suppress(StopIteration):
+            while True:
+                this, future = future, begin()
+                yield this.result()
 
 
 def make_batch(model: Any, items: Sequence[Item]) -> Batch:
@@ -168,85 +155,15 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     first = items[0]
     if first.error is not None:
         raise first.error
+    device = input_device(model)
     if first.inputs is None:
-        return _from_pair(model, first)
+        inputs, masks = (to_device(p, device) for p in prepared_pair(first.value, first.number))
+        rows = len(inputs["input_ids"])
+        names = (first.name,) if rows == 1 else (f"{first.name}, row {row}" for row in range(rows))
+        return Batch(inputs, masks, tuple(names), index=(first.number,) * rows)
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     apart = [item.inputs for item in items if item.inputs is not None]
-    inputs = to_device(put_together(apart, tokenizer.pad_token_id or 0), input_device(model))
+    inputs = to_device(collate(apart, tokenizer.pad_token_id or 0), device)
     masks = layout(model).masks(inputs["input_ids"], inputs.get("attention_mask"))
-    names, values, numbers = zip(*((i.name, i.value, i.number) for i in items), strict=True)
-    return Batch(inputs, masks, names, values, numbers)
-
-
-def put_together(apart: Sequence[Inputs], pad: int) -> Inputs:
-    """One batch of samples that were prepared by themselves, as the processor would make it.
-
-    What there is for each token is padded on the left; what there is for each medium is laid end
-    to end.
-
-    Args:
-        apart: Model inputs of one sample each, which fit one another.
-        pad: The token id to pad with.
-    """
-    longest = max(inputs["input_ids"].shape[1] for inputs in apart)
-    together: Inputs = {}
-    for name in dict.fromkeys(name for inputs in apart for name in inputs):
-        values = [inputs[name] for inputs in apart if name in inputs]
-        if not isinstance(values[0], Tensor):
-            together[name] = [one for value in values for one in value]
-            continue
-        if values[0].shape == apart[0]["input_ids"].shape:
-            fill = pad if name == "input_ids" else 0
-            values = [
-                torch.nn.functional.pad(v, (longest - v.shape[1], 0), value=fill) for v in values
-            ]
-        together[name] = torch.cat(values)
-    return together
-
-
-def _rows(inputs: Inputs) -> dict[str, tuple[Any, ...]]:
-    """By name, what must be alike for two samples' inputs to be put together."""
-    shape, rows = inputs["input_ids"].shape, {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            rows[name] = ("pos",) if value.shape == shape else (value.dtype, *value.shape[1:])
-        else:
-            rows[name] = (type(value),)
-    return rows
-
-
-def _fit(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether what there is for each token is the same, and the rest of one kind where in both."""
-    return all(
-        one[name] == two[name] if name in one and name in two else row != ("pos",)
-        for name, row in (one | two).items()
-    )
-
-
-def _from_pair(model: Any, item: Item) -> Batch:
-    pair, number = item.value, item.number
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise ValueError(
-            "Data must be Samples or pairs (model_inputs, masks); item "
-            f"{number} is {type(pair).__name__}."
-        )
-    inputs, masks = (to_device(dict(part), input_device(model)) for part in pair)
-    if "input" in inputs:
-        inputs["input_ids"] = inputs.pop("input")
-    if "input_ids" not in inputs:
-        raise ValueError(f"Item {number}: the model inputs have no input_ids.")
-    if not masks:
-        raise ValueError(f"Item {number}: masks must name at least one modality.")
-    shape = inputs["input_ids"].shape
-    one = f"sample {number}"
-    names = (one,) if shape[0] == 1 else tuple(f"{one}, row {row}" for row in range(shape[0]))
-    batch = Batch(inputs, masks, names, index=(number,) * shape[0])
-    for modality, mask in masks.items():
-        if mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"Item {number}: the mask of {modality!r} must be a boolean tensor of shape "
-                f"{tuple(shape)} like input_ids, not {mask.dtype} of shape {tuple(mask.shape)}."
-            )
-        if bool((mask & ~batch.real).any()):
-            raise ValueError(f"Item {number}: the mask of {modality!r} marks padding as well.")
-    return batch
+    values, numbers = tuple(item.value for item in items), tuple(item.number for item in items)
+    return Batch(inputs, masks, tuple(item.name for item in items), values, numbers)

@@ -23,8 +23,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from miner_lens import files
+from miner_lens.data.items import signature
 from miner_lens.running.analyzer import State
-from miner_lens.running.shards import signature
 
 KIND = "run"
 LOCK = ".lock"
@@ -39,7 +39,7 @@ class Record:
     Attributes:
         items: The number and the signature of each item, one after the other.
         skipped: How many of them could not be used.
-        limit: The largest number of tokens in a pass, where batches are made by length.
+        limit: The most tokens in a pass, where batches are made by length.
     """
 
     items: array[int] = field(default_factory=lambda: array("q"))
@@ -55,12 +55,6 @@ class Record:
             self.items.extend((number, signature(item)))
         self.skipped += skipped
 
-    def __add__(self, other: Record) -> Record:
-        limits = [one.limit for one in (self, other) if one.limit is not None]
-        return Record(
-            self.items + other.items, self.skipped + other.skipped, min(limits, default=None)
-        )
-
     @property
     def pairs(self) -> Int64[Tensor, "item 2"]:
         """(number, signature) of each item."""
@@ -72,7 +66,8 @@ class Checkpoint:
 
     Args:
         folder: Where the files are; made if needed.
-        name: This process's file.
+        rank: Which process this is.
+        world_size: How many there are.
         seconds: The time between two writes; 0 writes after each unit.
         samples: Write also after so many samples.
         settings: What must be the same for a run to be continued, as JSON can hold it.
@@ -81,15 +76,17 @@ class Checkpoint:
     def __init__(
         self,
         folder: str | Path,
-        name: str,
+        rank: int,
+        world_size: int,
         seconds: float,
         samples: int | None,
         settings: dict[str, Any],
     ) -> None:
-        self.folder, self.name = Path(folder), name
+        self.folder, self.rank = Path(folder), rank
+        self.name = NAME.format(rank=rank, world_size=world_size)
         self._seconds, self._samples, self._settings = seconds, samples, settings
         self._written, self._items = time.monotonic(), 0
-        self._taken_over: list[str] = []
+        self._replaced: list[str] = []
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -109,13 +106,10 @@ class Checkpoint:
             ) from error
 
     def survey(self) -> dict[str, list[int]]:
-        """What the intact files cover, by their names. Rank 0 does this for all.
+        """What the intact files cover, as `Record.items`, by their names. Rank 0 does this for all.
 
         A file that shares items with a larger one is left out: it was merged into that one, or a
         process went on writing after its run was over.
-
-        Returns:
-            The numbers and signatures of each file's items, one after the other.
 
         Raises:
             ValueError: The files are of a run with other settings.
@@ -134,37 +128,39 @@ class Checkpoint:
         found: dict[str, list[int]] = {}
         seen: set[int] = set()
         for name, record in sorted(records.items(), key=lambda one: -len(one[1])):
-            numbers = record.items[::2]
-            if seen.isdisjoint(numbers):
+            if seen.isdisjoint(record.items[::2]):
                 found[name] = record.items.tolist()
-                seen.update(numbers)
+                seen.update(record.items[::2])
         return found
 
-    def load(self, found: dict[str, list[int]], analyzers: Sequence[Any], first: bool) -> Record:
-        """Merge into new analyzers what this process's own file holds.
+    def load(self, found: dict[str, list[int]], analyzers: Sequence[Any]) -> Record:
+        """Merge into new analyzers what this process's file holds.
 
-        The first process also takes over the files of earlier runs with another number of ranks;
-        its next write replaces them.
+        Rank 0 takes over the files of runs with another number of ranks as well; its next write
+        replaces them.
 
         Raises:
             ValueError: A file has changed since `survey` has read it.
         """
-        of_world = self.name[self.name.index("-of-") :]
-        self._taken_over = [name for name in found if first and not name.endswith(of_world)]
-        record = Record()
-        for name in [self.name] * (self.name in found) + self._taken_over:
-            one, states = self._parse(*files.read(self.folder / name, KIND))
-            if one.items.tolist() != found[name]:
+        ours = self.name[self.name.index("-of-") :]
+        if self.rank == 0:
+            self._replaced = [name for name in found if not name.endswith(ours)]
+        total = Record()
+        for name in [self.name] * (self.name in found) + self._replaced:
+            record, states = self._parse(*files.read(self.folder / name, KIND))
+            if record.items.tolist() != found[name]:
                 # Merged with what will be computed, some samples would count twice.
                 raise ValueError(
                     f"{self.folder / name} was written by another process a moment ago. Start this "
                     "run again, alone."
                 )
-            record += one
+            total.items += record.items
+            total.skipped += record.skipped
+            total.limit = min(filter(None, (total.limit, record.limit)), default=None)
             for analyzer, state in zip(analyzers, states, strict=True):
                 analyzer.merge_state_dict(state)
-        self._items = len(record)
-        return record
+        self._items = len(total)
+        return total
 
     def _parse(self, tensors: State, metadata: dict[str, Any]) -> tuple[Record, list[State]]:
         if metadata["settings"] != self._settings:
@@ -175,28 +171,25 @@ class Checkpoint:
         items = array("q", tensors.pop("items").flatten().tolist())
         states: list[State] = [{} for _ in self._settings["analyzers"]]
         for key, tensor in tensors.items():
-            number, _, rest = key.partition("/")
-            states[int(number)][rest] = tensor
+            number, _, name = key.partition("/")
+            states[int(number)][name] = tensor
         return Record(items, metadata["skipped"], metadata["limit"]), states
 
     def is_due(self, record: Record, finished: bool = False) -> bool:
         """Whether it is time to write, or there is anything to write after the last sample."""
         new = len(record) - self._items
         if finished:
-            return new > 0 or bool(self._taken_over)
+            return new > 0 or bool(self._replaced)
         enough = self._samples is not None and new >= self._samples
         return enough or time.monotonic() - self._written >= self._seconds
 
     def write(self, record: Record, analyzers: Sequence[Any]) -> None:
-        """Put this process's file in the place of the one before, and of those that it replaces."""
-        tensors = {
-            f"{index}/{name}": tensor
-            for index, analyzer in enumerate(analyzers)
-            for name, tensor in analyzer.state_dict().items()
-        }
+        """Put this process's file in the place of those that it replaces."""
+        tensors = {"items": record.pairs}
+        for number, analyzer in enumerate(analyzers):
+            tensors |= {f"{number}/{name}": one for name, one in analyzer.state_dict().items()}
         metadata = {"settings": self._settings, "skipped": record.skipped, "limit": record.limit}
-        files.write(self.folder / self.name, KIND, tensors | {"items": record.pairs}, metadata)
-        for name in self._taken_over:
-            (self.folder / name).unlink(missing_ok=True)
-        self._taken_over = []
+        files.write(self.folder / self.name, KIND, tensors, metadata)
+        while self._replaced:
+            (self.folder / self._replaced.pop()).unlink(missing_ok=True)
         self._written, self._items = time.monotonic(), len(record)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -32,10 +33,11 @@ class RankError(RuntimeError):
     """Another process of this run has stopped, so it cannot finish."""
 
 
+@dataclass
 class Ranks:
     """The processes of one run.
 
-    Args:
+    Attributes:
         rank: Which process this is.
         world_size: How many there are.
         store: A key-value store of this run alone; None for a single process.
@@ -43,33 +45,24 @@ class Ranks:
         advice: What an error says last, such as how to continue.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        world_size: int = 1,
-        store: Any = None,
-        group: Any = None,
-        advice: str = "",
-    ) -> None:
-        self.rank, self.world_size, self.advice = rank, world_size, advice
-        self._store, self._group = store, group
-        self._told, self._own, self._all = -float("inf"), (0, 0), (0, 0)
+    rank: int = 0
+    world_size: int = 1
+    store: Any = None
+    group: Any = None
+    advice: str = ""
+    _told: float = -float("inf")
+    _own: tuple[int, int] = (0, 0)
+    _all: tuple[int, int] = (0, 0)
 
     def progress(self, items: int, skipped: int) -> tuple[int, int]:
-        """Tell how far this rank is; how far all are, as far as is known.
-
-        Raises:
-            RankError: Another rank has told that it stops.
-        """
-        if self._store is None:
+        """Tell how far this rank is; how far all are, as far as is known."""
+        if self.store is None:
             return items, skipped
         if time.monotonic() - self._told > INTERVAL:
             with self._reaching():
-                if self._store.check(["failed"]):
-                    raise RuntimeError("it has told so")
                 self._all = (
-                    self._store.add("items", items - self._own[0]),
-                    self._store.add("skipped", skipped - self._own[1]),
+                    self.store.add("items", items - self._own[0]),
+                    self.store.add("skipped", skipped - self._own[1]),
                 )
             self._own, self._told = (items, skipped), time.monotonic()
         return self._all
@@ -88,40 +81,32 @@ class Ranks:
         Raises:
             RankError: Another rank has stopped.
         """
-        if self._store is None:
+        if self.store is None:
             return [value]
         data = _bytes(json.dumps(value).encode())
-        lengths = self._all_gather(torch.tensor([len(data)]), meanwhile)
-        longest = int(max(lengths))
-        padded = torch.cat([data, data.new_zeros(longest - len(data))])
+        lengths = [int(one) for one in self._all_gather(torch.tensor([len(data)]), meanwhile)]
+        padded = torch.cat([data, data.new_zeros(max(lengths) - len(data))])
         pairs = zip(self._all_gather(padded, meanwhile), lengths, strict=True)
-        return [json.loads(one[: int(length)].numpy().tobytes()) for one, length in pairs]
+        return [json.loads(one[:length].numpy().tobytes()) for one, length in pairs]
 
     def states(self, analyzers: Sequence[Any]) -> Iterator[list[State]]:
         """On rank 0 each other rank's states, one for each analyzer; others send theirs."""
         own = [_bytes(safetensors.torch.save(a.state_dict())) for a in analyzers if self.rank]
         for rank, lengths in enumerate(self.gather([len(one) for one in own])):
+            theirs = [torch.empty(one, dtype=torch.uint8) for one in lengths]
             with self._reaching():
                 for data in own if self.rank == rank else ():
-                    distributed.send(data, 0, group=self._group)
-                theirs = [torch.empty(one, dtype=torch.uint8) for one in lengths]
+                    distributed.send(data, 0, group=self.group)
                 for data in theirs if self.rank == 0 else ():
-                    distributed.recv(data, rank, group=self._group)
+                    distributed.recv(data, rank, group=self.group)
             if self.rank == 0 < rank:
                 yield [safetensors.torch.load(data.numpy().tobytes()) for data in theirs]
         self.gather(None)  # nobody hangs up before all has arrived
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others why this rank stops, unless it is because another has."""
-        if not isinstance(error, RankError):
-            with suppress(RuntimeError):
-                text = f"Rank {self.rank} of {self.world_size} has stopped: "
-                self._store.set("failed", f"{text}{type(error).__name__}: {error}")
-
     def _all_gather(self, tensor: Tensor, meanwhile: Callable[[], object]) -> list[Tensor]:
         found = [torch.empty_like(tensor) for _ in range(self.world_size)]
         with self._reaching():
-            work = distributed.all_gather(found, tensor, group=self._group, async_op=True)
+            work = distributed.all_gather(found, tensor, group=self.group, async_op=True)
             while not work.is_completed():
                 meanwhile()
                 time.sleep(0.01)
@@ -135,14 +120,10 @@ class Ranks:
         except RankError:
             raise
         except RuntimeError as error:
-            reason = (
-                f"Another rank of {self.world_size} has stopped; its output, or the launcher's, says "
-                "why."
-            )
-            with suppress(RuntimeError):
-                if self._store.check(["failed"]):
-                    reason = self._store.get("failed").decode()
-            raise RankError(f"{reason} {self.advice}") from error
+            raise RankError(
+                f"Another rank of {self.world_size} has stopped; its output, or the launcher's, "
+                f"says why. {self.advice}"
+            ) from error
 
 
 def _bytes(data: bytes) -> Tensor:
@@ -173,18 +154,14 @@ def joined(advice: str) -> Iterator[Ranks]:
     global _runs
     _runs += 1  # every rank counts alike, so each run has keys of its own
     store = _c10d.PrefixStore(f"miner_lens/{_runs}", base)
-    group = None
-    if theirs:
-        group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-    else:
+    group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if theirs else None
+    if not theirs:
         distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
         )
-    ranks = Ranks(rank, world_size, store, group, advice)
     try:
-        yield ranks
-    except BaseException as error:
-        ranks.fail(error)
+        yield Ranks(rank, world_size, store, group, advice)
+    except Exception as error:
         if not isinstance(error, RankError):
             error.add_note(f"Rank {rank} of {world_size} stopped here. {advice}")
         raise

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from miner_lens.data.sample import SampleError
-from miner_lens.models import attention
 from miner_lens.models.bridge import hf_model_of
-from miner_lens.models.generation import Inputs
+from miner_lens.models.forward import one_logit
 from miner_lens.running.analyzer import Analyzer, pass_hooks
 from miner_lens.running.batch import Batch
-from miner_lens.running.batches import Item, Sampler, free_memory, is_out_of_memory, make_batch
+from miner_lens.running.batches import Item, Sampler, make_batch
 
 OnError = Literal["raise", "skip"]
 
@@ -49,7 +47,7 @@ class Passes:
             failed = self._attempt(items)
             if failed is None:
                 # Not within the handler, where the error would still hold what the pass had taken.
-                free_memory()
+                clear_device_cache(garbage_collection=True)
                 continue
             skipped += failed
             pending = pending[len(items) :]
@@ -73,7 +71,7 @@ class Passes:
                 raise
             return 1 if len(items) == 1 else sum(self._attempt([one]) or 0 for one in items)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise
             if self.sampler.lower(items):
                 return None
@@ -96,45 +94,10 @@ def forward(model: Any, batch: Batch, analyzers: Sequence[Analyzer[Any]]) -> Non
         analyzer.open(batch, hf_model)
     hooks = pass_hooks(analyzers, model, lambda: batch)
     try:
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks), _one_logit(hf_model) as options:
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks), one_logit(hf_model) as options:
             hf_model(**batch.inputs, use_cache=False, **options)
     except SampleError:
         raise
     except ValueError as error:
         # Such as fewer placeholders than the media have tokens.
         raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error
-
-
-@contextmanager
-def _one_logit(hf_model: Any) -> Iterator[Inputs]:
-    """No projection onto the vocabulary but of the last position.
-
-    Yields:
-        What to tell the model; one that cannot be told so has its head see no more.
-    """
-    if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
-        yield {"logits_to_keep": 1}
-        return
-    head = hf_model.get_output_embeddings()
-    if head is None:
-        yield {}
-        return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
-    try:
-        yield {}
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """No dropout, and fused attention; the model's own settings come back afterwards."""
-    hf_model = hf_model_of(model)
-    training = [module for module in hf_model.modules() if module.training]
-    hf_model.eval()
-    try:
-        with attention.fused(attention.attentions_of(model)):
-            yield
-    finally:
-        for module in training:
-            module.training = True

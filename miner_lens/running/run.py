@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
+from miner_lens.data.items import signature
+from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
 from miner_lens.models.access import identity
 from miner_lens.models.bridge import is_bridge, prepare
+from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
 from miner_lens.models.modality import Masks
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batches import BatchSize, Sampler, ahead
-from miner_lens.running.checkpoint import NAME, Checkpoint, Record
+from miner_lens.running.checkpoint import Checkpoint, Record
 from miner_lens.running.distributed import RankError, Ranks, joined
-from miner_lens.running.passes import OnError, Passes, evaluating
-from miner_lens.running.progress import Bar
-from miner_lens.running.shards import Items, OtherDataError, Shard, signature
+from miner_lens.running.passes import OnError, Passes
+from miner_lens.running.shards import Items, OtherDataError, Shard
 
 Prepared = tuple[Inputs, Masks]
 Data = Iterable[Sample] | Iterable[Prepared] | Mapping[str, Iterable[Sample]]
@@ -85,7 +87,7 @@ def run(
     for analyzer in analyzers:
         analyzer.begin(model)
     sampler = Sampler(batch_size, input_device(model))
-    items = Items(labelled(data), limit)
+    items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
     passes = Passes(model, analyzers, on_error, sampler)
     with joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
         settings = _settings(model, analyzers, batch_size, on_error)
@@ -94,22 +96,26 @@ def run(
         _require_same(ranks, settings, items)
         kept, record, done = None, Record(), []
         if checkpoint is not None:
-            name = NAME.format(rank=ranks.rank, world_size=ranks.world_size)
-            kept = Checkpoint(
-                checkpoint, name, checkpoint_every, checkpoint_every_samples, settings
-            )
+            every = (checkpoint_every, checkpoint_every_samples)
+            kept = Checkpoint(checkpoint, ranks.rank, ranks.world_size, *every, settings)
             if ranks.rank == 0:
                 stack.enter_context(kept.reserved())
             found = ranks.broadcast(kept.survey() if ranks.rank == 0 else None)
-            record = kept.load(found, analyzers, first=ranks.rank == 0)
+            record = kept.load(found, analyzers)
             done = [number for one in found.values() for number in one]
         sampler.limit = record.limit or sampler.limit
         pairs = torch.tensor(done, dtype=torch.long).reshape(-1, 2)
         shard = Shard(items, sampler.size, ranks.rank, ranks.world_size, pairs)
-        bar = stack.enter_context(Bar(progress and ranks.rank == 0, items.length))
+        hidden = not progress or ranks.rank > 0
+        bar = stack.enter_context(
+            tqdm(total=items.length, initial=len(pairs), unit=" samples", disable=hidden)
+        )
 
-        def show() -> None:
-            bar.show(*ranks.progress(len(record), record.skipped))
+        def show(counts: tuple[int, int] | None = None) -> None:
+            seen, skipped = counts or ranks.progress(len(record), record.skipped)
+            if skipped:
+                bar.set_postfix(skipped=skipped, refresh=False)
+            bar.update(seen - bar.n)
 
         def write(finished: bool = False) -> None:
             # What is continued with other data must not be written before that is found out.
@@ -136,7 +142,7 @@ def run(
         write(finished=True)
         counts = ranks.gather([len(record), record.skipped], show)
         seen, skipped = (sum(one) for one in zip(*counts, strict=True))
-        bar.show(seen, skipped)
+        show((seen, skipped))
         if seen == 0:
             raise ValueError("There is no data: the iterable of samples is empty.")
         if skipped == seen:
@@ -148,49 +154,6 @@ def run(
             return None
         results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
-
-
-def labelled(data: Data) -> Any:
-    """The samples of a mapping of names to data, each labelled by its data's name.
-
-    Raises:
-        ValueError: Data that are labelled by name are not samples.
-    """
-    if not isinstance(data, Mapping):
-        return data
-    return Labelled(data) if all(map(_indexable, data.values())) else _labels(data)
-
-
-def _indexable(data: Any) -> bool:
-    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
-
-
-def _labels(data: Mapping[str, Any]) -> Iterator[Sample]:
-    for label, samples in data.items():
-        for sample in samples:
-            yield _label(sample, label)
-
-
-def _label(sample: Any, label: str) -> Sample:
-    sample = Sample.of(sample)
-    return replace(sample, label=label)
-
-
-class Labelled(Sequence[Sample]):
-    """Several data sets one after the other, each sample labelled by the name of its own."""
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self._data = list(data.items())
-
-    def __len__(self) -> int:
-        return sum(len(samples) for _, samples in self._data)
-
-    def __getitem__(self, index: Any) -> Any:
-        for label, samples in self._data:
-            if index < len(samples):
-                return _label(samples[index], label)
-            index -= len(samples)
-        raise IndexError(index)
 
 
 def _settings(
@@ -215,9 +178,9 @@ def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:
     for analyzer in analyzers:
         if analyzer.samples or analyzer.skipped:
             raise ValueError(
-                f"This {type(analyzer).__name__} has seen {analyzer.samples} samples already. With a "
-                "checkpoint or several processes they would count again each time: give a new one, "
-                "and add the two (a + b) afterwards."
+                f"This {type(analyzer).__name__} has seen {analyzer.samples} samples already. With "
+                "a checkpoint or several processes they would count again each time: give a new "
+                "one, and add the two (a + b) afterwards."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count, islice
 from typing import Any
@@ -12,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from miner_lens.data.sample import Sample
+from miner_lens.data.items import item_of, signature
 
 # Items that are done are looked up again to compare them; where each look-up makes one, so many.
 SPOT_CHECKS = 1_000
@@ -33,8 +32,8 @@ class Items:
         )
         # Walking makes all items anyway, and a list has them.
         self.free = not self.indexed or isinstance(data, list | tuple)
-        known = len(data) if hasattr(data, "__len__") else limit
-        self.length = known if None in (known, limit) else min(known, limit)  # type: ignore[type-var]
+        lengths = [len(data)] if hasattr(data, "__len__") else []
+        self.length = min([*lengths, *([] if limit is None else [limit])], default=None)
         self._data: Any = data if self.indexed else islice(iter(data), limit)
 
     def units(self, size: int) -> Iterator[tuple[range, Callable[[int], Any]]]:
@@ -44,9 +43,9 @@ class Items:
             if self.indexed:
                 numbers = range(start, min(start + size, self.length or 0))
             else:
-                walked = list(islice(self._data, size))
+                walked = [item_of(item) for item in islice(self._data, size)]
                 numbers = range(start, start + len(walked))
-                look_up = dict(zip(numbers, map(_sample, walked), strict=True)).__getitem__
+                look_up = dict(zip(numbers, walked, strict=True)).__getitem__
             if numbers:
                 yield numbers, look_up
             if len(numbers) < size:
@@ -54,7 +53,7 @@ class Items:
 
     def look_up(self, number: int) -> Any:
         """An item of data that can be indexed."""
-        return _sample(self._data[number])
+        return item_of(self._data[number])
 
 
 class Shard:
@@ -68,16 +67,11 @@ class Shard:
         size: Items in a unit.
         rank: Whose shard.
         world_size: How many ranks there are.
-        done: The items that are done, whoever has done them, and what they were.
+        done: The items that are done, whoever has done them, and their signatures.
     """
 
     def __init__(
-        self,
-        items: Items,
-        size: int,
-        rank: int,
-        world_size: int,
-        done: Int64[Tensor, "item 2"],
+        self, items: Items, size: int, rank: int, world_size: int, done: Int64[Tensor, "item 2"]
     ) -> None:
         self._items, self._size, self._rank, self._world_size = items, size, rank, world_size
         self._numbers, self._signatures = done[done[:, 0].argsort()].T.contiguous()
@@ -105,7 +99,7 @@ class Shard:
                 yield {number: look_up(number) for number in numbers if number not in done}
         if not self.checked:
             raise OtherDataError(
-                f"{len(self._numbers)} items are done, but only {self._passed} of them are there now."
+                f"{len(self._numbers)} items are done, but only {self._passed} of them are there."
             )
 
     def _places(self, numbers: range) -> slice:
@@ -120,27 +114,3 @@ class Shard:
             if signature(look_up(number)) != int(self._signatures[place]):
                 raise OtherDataError(f"item {number} is another one now.")
         self._passed = places.stop
-
-
-def _sample(item: Any) -> Any:
-    """A mapping with messages, such as a table's row, is a sample."""
-    return Sample.of(item) if isinstance(item, Mapping) and "messages" in item else item
-
-
-def signature(item: Any) -> int:
-    """A number of 64 bits that tells one item from another, without opening its media."""
-    if isinstance(item, Sample):
-        content = repr((item.id, [_words(message) for message in item.messages])).encode()
-    elif isinstance(item, tuple | list) and item and isinstance(item[0], Mapping):
-        ids = item[0].get("input_ids", item[0].get("input"))
-        content = b"" if ids is None else bytes(ids.cpu().contiguous().numpy().tobytes())
-    else:
-        content = type(item).__name__.encode()  # refused when its turn comes
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
-def _words(message: Any) -> Any:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, list | tuple):
-        return content if isinstance(content, str) else type(content).__name__
-    return [p.get("text", p.get("type")) if isinstance(p, Mapping) else "" for p in content]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import generation
+from miner_lens.models.collate import collate
 from miner_lens.running import batches
 from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixtures)
 from tests.running.test_run import close, image_of, mine, sample
@@ -79,7 +80,7 @@ def test_what_is_put_together_is_what_the_processor_makes(
     shapes: Any, mixed: list[ml.Sample]
 ) -> None:
     apart = [generation.render(shapes, [item.messages]) for item in mixed]
-    made = batches.put_together(apart, shapes.processor.tokenizer.pad_token_id)
+    made = collate(apart, shapes.processor.tokenizer.pad_token_id)
     expected = generation.render(shapes, [item.messages for item in mixed])
     assert made.keys() == expected.keys()
     for name, value in expected.items():
@@ -110,7 +111,7 @@ def test_what_does_not_fit_together_stays_apart(shapes: Any, mixed: list[ml.Samp
 def test_sounds_are_put_together_alike(hears: Any) -> None:  # noqa: F811
     conversations = [ask(clip(1)), ask(clip(0.3), clip(1.7, 200)), ask(clip(2, 300))]
     apart = [generation.render(hears, [messages]) for messages in conversations]
-    made = batches.put_together(apart, hears.processor.tokenizer.pad_token_id)
+    made = collate(apart, hears.processor.tokenizer.pad_token_id)
     expected = generation.render(hears, conversations)
     assert made.keys() == expected.keys()
     for name, value in expected.items():

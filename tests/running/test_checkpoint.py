@@ -342,8 +342,8 @@ class Numbers(ml.Analyzer[None]):
 
 def a_file(folder: Path, rank: int, world_size: int, *numbers: int) -> Checkpoint:
     """Write what a rank has seen of some items."""
-    name = NAME.format(rank=rank, world_size=world_size)
-    checkpoint = Checkpoint(folder, name, 0, None, {"model": "m", "analyzers": ["Numbers"]})
+    settings = {"model": "m", "analyzers": ["Numbers"]}
+    checkpoint = Checkpoint(folder, rank, world_size, 0, None, settings)
     checkpoint.survey()
     record = Record()
     record.add({number: f"item {number}" for number in numbers}, 0)
@@ -374,7 +374,7 @@ def test_damage_anywhere(tmp_path: Path) -> None:
             continue
         assert found == whole
         analyzer = Numbers()
-        assert len(checkpoint.load(found, [analyzer], first=True)) == 2
+        assert len(checkpoint.load(found, [analyzer])) == 2
         assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 2)
     assert refused >= len(damages) - 2
 
@@ -385,14 +385,15 @@ def test_files_of_other_numbers_of_ranks_are_taken_over(tmp_path: Path) -> None:
     checkpoint = a_file(tmp_path, 0, 2, 2)
     analyzer = Numbers()
     found = checkpoint.survey()
-    record = checkpoint.load(found, [analyzer], first=True)
+    record = checkpoint.load(found, [analyzer])
     assert number_of(record.pairs) == [0, 1, 2, 3, 4, 7]
     assert analyzer.samples == 6
     assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 6)
-    assert len(checkpoint.load(found, [Numbers()], first=False)) == 1
+    other = Checkpoint(tmp_path, 1, 3, 0, None, {"model": "m", "analyzers": ["Numbers"]})
+    assert len(other.load(found, [Numbers()])) == 3
     # Killed before the files that were merged could be removed: they are not merged once more.
     old = {path: path.read_bytes() for path in written(tmp_path)}
-    checkpoint.load(found, [Numbers()], first=True)
+    checkpoint.load(found, [Numbers()])
     assert checkpoint.is_due(record, finished=True)
     checkpoint.write(record, [analyzer])
     assert [path.name for path in written(tmp_path)] == [checkpoint.name]
@@ -451,7 +452,7 @@ def test_a_file_that_grows_after_it_was_counted_is_refused(tmp_path: Path) -> No
     found = checkpoint.survey()
     a_file(tmp_path, 1, 2, 1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"rank-1-of-2.* was written by another process"):
-        checkpoint.load(found, [Numbers()], first=True)
+        checkpoint.load(found, [Numbers()])
 
 
 def test_analyzers_must_be_new(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:

@@ -241,8 +241,7 @@ def ranks_die(folder: Path) -> None:
     assert told[1]["error"] == "SampleError"
     assert "Rank 1 of 2 stopped here." in told[1]["text"]
     assert told[0]["error"] == "RankError"
-    assert "Rank 1 of 2 has stopped: SampleError: " in told[0]["text"]
-    assert "Cannot read an image from 'none'" in told[0]["text"]
+    assert "Another rank of 2 has stopped" in told[0]["text"]
     assert "with checkpoint='folder'" in told[0]["text"]
 
 
@@ -260,7 +259,7 @@ def test_torchrun() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("samples=60") == 1
-    assert done.stdout.count("60/60") == 1
+    assert "60/60" in done.stderr
 
 
 LAUNCHERS: list[tuple[dict[str, str], Any]] = [

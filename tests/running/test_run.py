@@ -401,7 +401,7 @@ def test_progress_bar_shows_the_rate(
     shapes: Any, samples: list[ml.Sample], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ml.mine(shapes, samples)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "5/5" in shown
     assert "samples/s" in shown
 
