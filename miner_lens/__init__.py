@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         load,
         pattern_points,
         residual_points,
+        unwrap,
         wrap,
     )
     from miner_lens.neurons import NeuronSet, ablate, ablation_hooks, bake
@@ -70,6 +71,7 @@ _HOMES = {
     "pattern_points": "models",
     "residual_points": "models",
     "run": "running",
+    "unwrap": "models",
     "wrap": "models",
 }
 _MODULES = {
@@ -108,6 +110,7 @@ __all__ = [
     "plots",
     "residual_points",
     "run",
+    "unwrap",
     "wrap",
 ]
 

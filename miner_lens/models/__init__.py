@@ -1,6 +1,6 @@
 """What is analysed? Models, and where in them neurons, tokens and attention are."""
 
-from miner_lens.models.bridge import wrap
+from miner_lens.models.bridge import unwrap, wrap
 from miner_lens.models.generation import generate, inputs
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.loading import load
@@ -17,5 +17,6 @@ __all__ = [
     "load",
     "pattern_points",
     "residual_points",
+    "unwrap",
     "wrap",
 ]

@@ -1,6 +1,7 @@
 """What every floor above asks of a model: its MLPs, its identity and its modality layout.
 
-Everything here takes a `TransformerBridge`, whoever made it, or a plain Hugging Face model.
+Everything here takes a `TransformerBridge`, whoever made it, or a plain Hugging Face model, also
+inside the wrappers of torch.compile, DistributedDataParallel and PEFT.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from miner_lens.models import sites
-from miner_lens.models.bridge import hf_model_of, model_name
 from miner_lens.models.identity import ModelIdentity
+from miner_lens.models.inside import bare, hf_model_of, model_name, processor_of
 from miner_lens.models.modality import ModalityLayout, layout_for
 from miner_lens.models.sites import MLP
 
@@ -38,6 +39,9 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
     once more and may have another. Offloaded weights are read from where they are. It is None
     where weights cannot be read (on the meta device, or packed by quantization).
 
+    PEFT adapters are no part of it: until they are merged into the weights, a model has the
+    identity of the base model that they are on, so that neurons of one can be tried in the other.
+
     Raises:
         ValueError: The model has no such site.
     """
@@ -47,7 +51,7 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
         name=model_name(model),
         architecture=type(hf_model).__name__,
         layers=len(found),
-        neurons=found[0].before.out_features,
+        neurons=found[0].down.in_features,
         site=site,
         fingerprint=_fingerprint(hf_model, found),
     )
@@ -68,7 +72,9 @@ def _fingerprint(hf_model: Any, mlps: Sequence[MLP]) -> str | None:
 
 
 def _weight(module: Any) -> Tensor:
-    """A module's weight, also where accelerate has offloaded it to memory or disk."""
+    """A module's weight, without adapters, also where accelerate has offloaded it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
     weight: Tensor = module.weight
     if weight.is_meta:
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
@@ -82,12 +88,12 @@ def layout(model: Any) -> ModalityLayout:
     Raises:
         ValueError: No installed package provides one for this model family.
     """
-    attached = vars(model).get("modality_layout")
+    inner, hf_model = bare(model), hf_model_of(model)
+    attached = vars(inner).get("modality_layout")
     if attached is not None:
         return attached  # type: ignore[no-any-return]
-    hf_model = hf_model_of(model)
-    tokenizer = getattr(getattr(model, "processor", None), "tokenizer", None)
-    tokenizer = tokenizer or vars(model).get("tokenizer") or getattr(model, "tokenizer", None)
+    tokenizer = getattr(processor_of(model), "tokenizer", None)
+    tokenizer = tokenizer or vars(inner).get("tokenizer") or getattr(inner, "tokenizer", None)
     found = layout_for(type(hf_model).__name__, hf_model.config, tokenizer)
     if found is None:
         raise ValueError(

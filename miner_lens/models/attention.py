@@ -64,6 +64,15 @@ def install(attentions: list[Any]) -> None:
         config._attn_implementation = HOOKED.get(name, name)
 
 
+def uninstall(attentions: list[Any]) -> None:
+    """Have Hugging Face compute attention by its own functions again, undoing `install`."""
+    own = {hooked: name for name, hooked in HOOKED.items()}
+    for config in filter(None, map(_config, attentions)):
+        config._attn_implementation = own.get(
+            config._attn_implementation, config._attn_implementation
+        )
+
+
 @contextmanager
 def fused(attentions: list[Any]) -> Iterator[None]:
     """Compute native attention fused and hooked, whatever the model's own setting is.

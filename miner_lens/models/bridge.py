@@ -1,14 +1,17 @@
-"""Bridges: wrap a Hugging Face model, give it the hook points that mining needs, look inside."""
+"""Bridges: wrap a Hugging Face model, give it the hook points that mining needs, unwrap it."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from miner_lens.models.inside import bare, model_name, retire
+from miner_lens.models.inside import hf_model_of as hf_model_of
+from miner_lens.models.inside import is_bridge as is_bridge
 from miner_lens.models.modality import layout_for
 from miner_lens.models.sites import ACTIVATION_NAMES
 
@@ -16,16 +19,24 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, ProcessorMixin
 
+# What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
+# attention function before, and the name after.
+_attention_names: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
 
 def wrap(
     hf_model: PreTrainedModel, processor: ProcessorMixin | Any | None = None
 ) -> TransformerBridge:
     """Turn a loaded Hugging Face model into a `TransformerBridge` with neuron hook points.
 
-    The model itself is used, not a copy: TransformerLens puts its components into it.
+    The model itself is used, not a copy: TransformerLens puts its components into it, until
+    `unwrap` takes them out.
 
     Args:
-        hf_model: The model; its weights stay where and what they are.
+        hf_model: The model; its weights stay where and what they are. It may have PEFT adapters.
+            Wrappers around it (torch.compile, DistributedDataParallel, PEFT) are looked through.
         processor: Its processor. Without one, feed prepared inputs instead of messages.
 
     Raises:
@@ -34,13 +45,16 @@ def wrap(
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+    hf_model = bare(hf_model)
     architecture = type(hf_model).__name__
-    require_adapter(architecture)
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
         raise ValueError(
             f"This {architecture} is inside a TransformerBridge already. "
-            "Use that bridge, or load the model again."
+            "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
+    require_adapter(architecture)
+    configs = _configs(hf_model)
+    before = [config._attn_implementation for config in configs]
     # A text model's processor is its tokenizer.
     tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
@@ -51,6 +65,8 @@ def wrap(
         tokenizer=copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    after = [config._attn_implementation for config in configs]
+    _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
     bridge.processor = processor
     # Without a tokenizer some delimiters are unknown; `layout` looks again when one is there.
     bridge.modality_layout = (
@@ -59,20 +75,87 @@ def wrap(
     return prepare(bridge)
 
 
+def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
+    """Take the plain Hugging Face model out of its bridge again, as it was before.
+
+    Its modules, hooks and attention function are those of a model that was never wrapped, so that
+    it can be saved, trained, compiled, or wrapped anew. The bridge cannot be used any more.
+
+    Raises:
+        ValueError: This is no bridge, or compatibility mode has changed the weights.
+
+    Example:
+        plain = ml.unwrap(model)
+        plain.save_pretrained("checkpoint")
+        model = ml.wrap(plain, model.processor)
+    """
+    bridge = bare(bridge)
+    if not is_bridge(bridge):
+        raise ValueError(
+            f"unwrap needs a TransformerBridge, got {type(bridge).__name__}. A Hugging Face model "
+            "that is in no bridge needs no unwrapping."
+        )
+    from miner_lens.models import attention
+
+    hf_model = hf_model_of(bridge)
+    if any(getattr(module, "_use_processed_weights", False) for module in hf_model.modules()):
+        raise ValueError(
+            "This bridge is in compatibility mode with processed weights, and the former weights "
+            "are gone. Load the model again."
+        )
+    attention.uninstall(attention.attentions_of(bridge))
+    for config, before, after in _attention_names.pop(hf_model, ()):
+        if config._attn_implementation == after:  # or somebody has set another since
+            config._attn_implementation = before
+    for seen in _watching(hf_model):
+        seen.stop()
+    _take_out(hf_model)
+    retire(bridge)
+    return hf_model  # type: ignore[no-any-return]
+
+
+def _take_out(module: nn.Module) -> None:
+    """Put the modules back in whose places TransformerLens has put its components."""
+    from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    for name, child in list(module._modules.items()):
+        while isinstance(child, GeneralizedComponent):
+            component, child = child, child.original_component
+            setattr(module, name, child)
+            if isinstance(component, UnembeddingBridge) and "bias" in child._buffers:
+                # The zeros that TransformerLens gives a head without a bias.
+                del child.bias
+                child.register_parameter("bias", None)
+                getattr(getattr(child, "_hf_hook", None), "original_devices", {}).pop("bias", None)
+        if child is not None:
+            _take_out(child)
+
+
+def _configs(hf_model: nn.Module) -> list[Any]:
+    """The configs of a model's parts that name an attention function, each once."""
+    found = (getattr(module, "config", None) for module in hf_model.modules())
+    return list({id(one): one for one in found if hasattr(one, "_attn_implementation")}.values())
+
+
 def prepare(bridge: Any) -> Any:
     """Give any `TransformerBridge` the hook points that mining needs.
 
     These are `blocks.{i}.mlp.act.hook_out` on every gated MLP and live `hook_rot_q` and
     `hook_rot_k`. Idempotent, and changes no output. Plain Hugging Face models pass unchanged.
+
+    Raises:
+        ValueError: The model was taken out of this bridge.
     """
+    bridge = bare(bridge)
     if not is_bridge(bridge):
         return bridge
     from miner_lens.models import attention
 
+    hf_model = hf_model_of(bridge)
     # Each time, because the model's attention setting may have been changed since.
     attention.install(attention.attentions_of(bridge))
-    hf_model = bridge.original_model
-    if vars(bridge).get("_miner_lens_prepared") == id(hf_model):  # a deep copy has another
+    if _watching(hf_model):
         return bridge
     blocks = list(bridge.blocks)
     added = [_attach_activation(block.mlp) for block in blocks if "mlp" in block._modules]
@@ -82,12 +165,20 @@ def prepare(bridge: Any) -> Any:
         driver.supported_hook_points |= (
             frozenset(bridge.hook_dict) - driver.non_fireable_hook_points
         )
-    seen = PassInputs()
-    hf_model.register_forward_pre_hook(seen.see, with_kwargs=True)
-    hf_model.register_forward_hook(seen.forget, always_call=True)
-    bridge._miner_lens_inputs = seen
-    bridge._miner_lens_prepared = id(hf_model)
+    PassInputs().watch(hf_model)
     return bridge
+
+
+def pass_inputs(bridge: Any) -> PassInputs:
+    """The inputs of the forward pass that a bridge is running; `prepare` has it watched."""
+    (seen,) = _watching(hf_model_of(bridge))
+    return seen
+
+
+def _watching(hf_model: Any) -> list[PassInputs]:
+    # Found by its hooks, which a deep copy of the model has copies of.
+    owners = (getattr(hook, "__self__", None) for hook in hf_model._forward_pre_hooks.values())
+    return [owner for owner in owners if type(owner) is PassInputs]
 
 
 class PassInputs:
@@ -97,6 +188,20 @@ class PassInputs:
         self.all: dict[str, Any] = {}
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
+        self.handles: list[Any] = []
+
+    def watch(self, model: Any) -> None:
+        """See each forward pass of a model from now on."""
+        hf_model = hf_model_of(model)
+        self.handles += [
+            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
+            hf_model.register_forward_hook(self.forget, always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """See no more passes."""
+        while self.handles:
+            self.handles.pop().remove()
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the Hugging Face model."""
@@ -134,22 +239,6 @@ def _attach_activation(mlp: Any) -> bool:
     return False
 
 
-def is_bridge(model: Any) -> bool:
-    """Whether this is a `TransformerBridge` rather than a plain Hugging Face model."""
-    return hasattr(model, "original_model") and hasattr(model, "hook_dict")
-
-
-def hf_model_of(model: Any) -> Any:
-    """The Hugging Face model inside a bridge, or the model itself."""
-    return model.original_model if is_bridge(model) else model
-
-
-def model_name(model: Any) -> str:
-    """Hub id, or the last part of a local path, so that no machine's paths reach a file."""
-    name = str(getattr(hf_model_of(model).config, "_name_or_path", "") or "")
-    return Path(name).name if name.startswith((".", "/", "~")) or Path(name).is_dir() else name
-
-
 def require_adapter(architecture: str) -> None:
     """Refuse a model family that TransformerLens has no adapter for.
 
@@ -167,8 +256,3 @@ def require_adapter(architecture: str) -> None:
             "'transformer_lens.architectures' and 'miner_lens.modalities'; see "
             "docs/adding-a-model-family.md."
         )
-
-
-def pass_inputs(bridge: Any) -> PassInputs:
-    """STUB."""
-    return bridge._miner_lens_inputs

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
-from miner_lens.models.bridge import hf_model_of, is_bridge
+from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 
 Inputs = dict[str, Any]
 
@@ -35,7 +35,7 @@ def render(
     model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
 ) -> Inputs:
     """What `prepare_inputs` returns, still on the CPU."""
-    processor = getattr(model, "processor", None)
+    processor = processor_of(model)
     if processor is None:
         raise ValueError(
             "This model has no processor, so it cannot read messages. Set model.processor "
@@ -87,7 +87,7 @@ def inputs(model: Any, messages: Sequence[Message], add_generation_prompt: bool 
         as TransformerLens calls them, and `input_ids` for a Hugging Face model.
     """
     batch = prepare_inputs(model, [messages], add_generation_prompt)
-    if is_bridge(model):
+    if is_bridge(bare(model)):
         batch = {"input": batch.pop("input_ids"), **batch}
     return batch
 
@@ -130,5 +130,5 @@ def generate_from(
     with torch.no_grad():
         tokens = hf_model_of(model).generate(**batch, **options)
     new = tokens[:, batch["input_ids"].shape[1] :]
-    answers: list[str] = model.processor.batch_decode(new, skip_special_tokens=True)
+    answers: list[str] = processor_of(model).batch_decode(new, skip_special_tokens=True)
     return answers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miner_lens.models import sites
-from miner_lens.models.bridge import hf_model_of
+from miner_lens.models.inside import hf_model_of
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from miner_lens.models import sites
 from miner_lens.models.access import identity, layout, mlps
-from miner_lens.models.bridge import PassInputs, hf_model_of, is_bridge, prepare
+from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
+from miner_lens.models.inside import bare, hf_model_of, is_bridge, uncompiled
 from miner_lens.models.sites import MLP, Rows, Tower
 from miner_lens.neurons.neuron_set import NeuronSet
 
@@ -40,7 +41,9 @@ def ablate(
     what it computed before, bit for bit, also after an exception.
 
     Args:
-        model: A `TransformerBridge` or a plain Hugging Face model.
+        model: A `TransformerBridge` or a plain Hugging Face model, also inside torch.compile,
+            DistributedDataParallel or PEFT. Compiled models run uncompiled while the context is
+            open, as compiled code passes by hooks.
         neurons: The neurons, or what `select` returns, which means all of them.
         value: `"zero"`, a number, `"min"` (the smallest X of the layer in the same pass, over
             the sample's real tokens; in a tower, over the same image, video or clip) or `"mean"`
@@ -61,17 +64,15 @@ def ablate(
     write = _Write(check_neurons(model, neurons, site), value, at, complement)
     tokens = _tokens(model, write)
     layers = mlps(model, write.site)
-    handles = []
-    try:
+    with ExitStack() as open_:
+        open_.enter_context(uncompiled())
+        open_.callback(tokens.stop)
         if write.needs_tokens:
-            handles += tokens.watch(model)
+            tokens.watch(model)
         for layer, target in write.targets(layers).items():
             hook = _module_hook(write, tokens, target)
-            handles.append(layers[layer].activation.register_forward_hook(hook))
+            open_.callback(layers[layer].activation.register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def ablation_hooks(
@@ -91,7 +92,7 @@ def ablation_hooks(
         ValueError: As `ablate`, the model is not a `TransformerBridge`, or `value="min"` is asked
             for in a tower.
     """
-    if not is_bridge(model):
+    if not is_bridge(bare(model)):
         raise ValueError(
             f"ablation_hooks needs a TransformerBridge, got {type(model).__name__}. "
             "Wrap it with ml.wrap, or use ml.ablate, which takes plain Hugging Face models."
@@ -104,7 +105,7 @@ def ablation_hooks(
             "ablation_hooks cannot write 'min' in a tower: hook points do not say which rows are "
             "one image or clip. Use ml.ablate, which can."
         )
-    seen = model._miner_lens_inputs
+    seen = pass_inputs(model)
     place = sites.find(hf_model_of(model), write.site)
     hooks: list[Hook] = []
     for layer, target in write.targets(mlps(model, write.site)).items():
@@ -146,14 +147,6 @@ class _Tokens(PassInputs):
             if at not in known:
                 raise ValueError(f"The model has no modality {at!r}; it has {', '.join(known)}.")
 
-    def watch(self, model: Any) -> list[Any]:
-        """Look at each forward pass; returns the handles of the hooks."""
-        hf_model = hf_model_of(model)
-        return [
-            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
-            hf_model.register_forward_hook(self.forget, always_call=True),
-        ]
-
     def chosen(self) -> Bool[Tensor, "batch pos"] | None:
         """The tokens of the modality to ablate at, or None where it is everywhere."""
         if self.layout is None or self.at is None or self.ids is None:
@@ -184,8 +177,8 @@ class _TowerRows(PassInputs):
         self._there: tuple[Tensor, Tensor] | None = None
         self._count = 0
 
-    def watch(self, model: Any) -> list[Any]:
-        """Look at each call of the tower; returns the handles of the hooks."""
+    def watch(self, model: Any) -> None:
+        """See each call of the tower from now on."""
         hf_model = hf_model_of(model)
         module: Any = self.tower.module(hf_model)
         signature = inspect.signature(sites.plain(module).forward)
@@ -194,7 +187,7 @@ class _TowerRows(PassInputs):
             self._rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
             self._there = None
 
-        return [module.register_forward_pre_hook(see, with_kwargs=True)]
+        self.handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
 
     def chosen(self) -> None:
         """In a tower every row is ablated."""
@@ -336,7 +329,7 @@ def _others(index: Int[Tensor, " neuron"], neurons: int) -> Int[Tensor, " neuron
 
 def _check_shape(model: Any, neurons: NeuronSet) -> None:
     layers = mlps(model, neurons.site)
-    shape = (len(layers), layers[0].before.out_features)
+    shape = (len(layers), layers[0].down.in_features)
     if shape != (neurons.layers, neurons.neurons):
         raise ValueError(
             f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.models.access import mlps
-from miner_lens.models.bridge import hf_model_of
+from miner_lens.models.inside import hf_model_of, processor_of
 from miner_lens.neurons.ablation import Neurons, check_neurons
 
 ABLATED = "ablated_neurons.safetensors"
@@ -23,7 +24,8 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
     `ablate(model, neurons, value="zero")`. The model itself is not changed.
 
     Args:
-        model: A `TransformerBridge` or a plain Hugging Face model.
+        model: A `TransformerBridge` or a plain Hugging Face model. PEFT adapters are merged into
+            the weights that are saved.
         neurons: The neurons, or what `select` returns, which means all of them.
         path: A new or empty folder. Beside the checkpoint it gets the processor, if the model has
             one, and the neurons as `ablated_neurons.safetensors`.
@@ -52,24 +54,43 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
     baked.tie_weights()
     baked.generation_config = hf_model.generation_config
     baked.save_pretrained(path)
-    if getattr(model, "processor", None) is not None:
-        model.processor.save_pretrained(path)
+    processor = processor_of(model)
+    if processor is not None:
+        processor.save_pretrained(path)
     chosen.save(path / ABLATED)
     return path
 
 
 def _weights_for(plain: Any, hf_model: Any) -> dict[str, Tensor]:
     """The weights of a model that may be inside a bridge, under the names of a plain one."""
+    found = hf_model.state_dict() | _merged(hf_model)
     # A bridge's components stand in the model's tree, and some under a second name as well.
-    found = {
-        name.replace("._original_component", ""): tensor
-        for name, tensor in hf_model.state_dict().items()
-    }
-    weights = {name: found[name] for name in plain.state_dict()}
+    found = {name.replace("._original_component", ""): tensor for name, tensor in found.items()}
+    names = plain.state_dict().keys()
+    missing = sorted(names - found.keys())
+    if missing:
+        raise ValueError(
+            f"Cannot save this model as a plain {type(plain).__name__}: it has no {missing[0]}. If "
+            "it has PEFT adapters, bake what merge_and_unload() gives."
+        )
+    weights = {name: found[name] for name in names}
     unreadable = [n for n, t in weights.items() if t.is_meta or not t.is_floating_point()]
     if unreadable:
         raise ValueError(
             f"Cannot save weights that are offloaded or quantized ({unreadable[0]}, for one). Load "
             "the model whole and unquantized to bake it."
         )
+    return weights
+
+
+def _merged(hf_model: Any) -> dict[str, Tensor]:
+    """Weights of the layers that have PEFT adapters, with what these add to them."""
+    weights = {}
+    for name, layer in hf_model.named_modules():
+        if hasattr(type(layer), "merge") and hasattr(type(layer), "get_base_layer"):
+            layer = copy.deepcopy(layer)
+            if not layer.disable_adapters:
+                layer.merge()
+            for key, tensor in layer.get_base_layer().state_dict().items():
+                weights[f"{name}.{key}"] = tensor
     return weights

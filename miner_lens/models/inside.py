@@ -1,0 +1,81 @@
+"""Which model is inside a bridge, and inside the wrappers of torch and PEFT."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# Bridges that a model was taken out of.
+_retired: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def bare(model: Any) -> Any:
+    """A model without what torch.compile, torch's data parallelism and PEFT put around it."""
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        elif isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether this is a `TransformerBridge` rather than a plain Hugging Face model."""
+    return hasattr(model, "original_model") and hasattr(model, "hook_dict")
+
+
+def hf_model_of(model: Any) -> Any:
+    """The Hugging Face model inside a bridge and any wrappers, or the model itself.
+
+    Raises:
+        ValueError: The model was taken out of this bridge.
+    """
+    model = bare(model)
+    if not is_bridge(model):
+        return model
+    if model in _retired:
+        _refuse()
+    return bare(model.original_model)
+
+
+def processor_of(model: Any) -> Any:
+    """The processor that a model, or what is inside its wrappers, was given; None without one."""
+    return getattr(model, "processor", None) or getattr(bare(model), "processor", None)
+
+
+def model_name(model: Any) -> str:
+    """Hub id, or the last part of a local path, so that no machine's paths reach a file."""
+    name = str(getattr(hf_model_of(model).config, "_name_or_path", "") or "")
+    return Path(name).name if name.startswith((".", "/", "~")) or Path(name).is_dir() else name
+
+
+def retire(bridge: Any) -> None:
+    """Have a bridge that its model was taken out of say so when it is used."""
+    _retired.add(bridge)
+    bridge.forward = _refuse
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run what torch.compile has compiled as it is written, while the context is open.
+
+    Compiled code passes by hooks that were registered after it was compiled, and goes on with those
+    that have been removed since.
+    """
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "The model was taken out of this bridge by ml.unwrap. Use the Hugging Face model that it "
+        "returned, or the bridge that ml.wrap makes of that one."
+    )
