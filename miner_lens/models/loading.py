@@ -37,6 +37,8 @@ def load(
         Qwen2-Audio equal those of the plain Hugging Face model bit for bit.
 
     Raises:
+        FileNotFoundError: There is no such folder, or it has no `config.json`.
+        OSError: The hub has no such model, or cannot be reached.
         ValueError: The model family is unknown, or both `device` and `device_map` are given.
     """
     import transformers
@@ -47,7 +49,12 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError("Give device or device_map, not both: the map already says where.")
     path = _resolve(name_or_path)
-    config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    except OSError as error:
+        if not Path(path).is_dir():
+            error.add_note(f"There is no folder {path} either. {_known()}")
+        raise
     architecture = (config.architectures or [type(config).__name__])[0]
     require_adapter(architecture)
     model = get_hf_model_class_for_architecture(architecture).from_pretrained(
@@ -62,7 +69,26 @@ def _resolve(name_or_path: str | Path) -> str:
     name = str(name_or_path)
     if name in organisms.names() and not Path(name, "config.json").exists():
         return str(organisms.path(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"The folder {name} has no config.json, so it is no Hugging Face checkpoint. Name "
+                "the folder that save_pretrained wrote to."
+            )
+        return str(folder)
+    # A hub id is one word, or two with a slash between them.
+    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"There is no folder {name}. {_known()}")
     return name
+
+
+def _known() -> str:
+    names = ", ".join(map(repr, organisms.names())) or "none"
+    return (
+        "Name a checkpoint folder, a model on the Hugging Face hub (owner/name), or a model that "
+        f"comes with this package ({names})."
+    )
 
 
 def _load_processor(path: str, revision: str | None) -> Any:

@@ -1,0 +1,59 @@
+"""Names and folders that hold no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+import miner_lens as ml
+
+
+@pytest.fixture
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the hub client fails the test."""
+
+    def asked(*_: object, **__: object) -> None:
+        pytest.fail("the hub client was asked")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", asked)
+
+
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize(
+    "name",
+    ["/no/such/folder", "./nothing", "../nothing", "~/no-such-folder", "a/b/c", Path("nothing")],
+)
+def test_no_such_folder(name: str | Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*'shapes', 'speech'"):
+        ml.load(name)
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json.*save_pretrained"):
+        ml.load(tmp_path)
+
+
+def test_a_name_that_nobody_knows() -> None:
+    with pytest.raises(OSError, match="shape") as caught:
+        ml.load("shape")
+    assert "'shapes', 'speech'" in caught.value.__notes__[0]
+
+
+def test_a_folder_named_as_an_organism_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of the user's goes before ours, any other folder does not."""
+    monkeypatch.chdir(tmp_path)
+    Path("shapes").mkdir()
+    assert ml.load("shapes", device="cpu").processor is not None
+    Path("shapes", "config.json").write_text('{"model_type": "gpt2", "architectures": ["No"]}')
+    with pytest.raises(ValueError, match="Unknown model family No"):
+        ml.load("shapes")
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").symlink_to(ml.organisms.path("shapes"))
+    assert ml.load("~/models", device="cpu").processor is not None
