@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from miner_lens import files
 from miner_lens.models.access import identity as identity_of
 from miner_lens.models.identity import SITES, ModelIdentity
+from miner_lens.models.result import Result
 from miner_lens.neurons.draw import random
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class NeuronSet:
+class NeuronSet(Result):
     """An immutable set of `(layer, neuron)` pairs that knows the model they belong to.
 
     It behaves as a set of pairs of ints, sorted: `| & - ^ ~ <= len in == hash`. Two sets are
@@ -290,34 +289,24 @@ class NeuronSet:
         table.insert(0, "site", self.site)
         return table
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to a safetensors file; the model is in its metadata."""
-        tensors = {"pairs": self._member.nonzero()}
-        if self._means is not None:
-            tensors["means"] = self._means
-        metadata = {
-            "layers": self.layers,
-            "neurons": self.neurons,
-            "site": self.site,
-            "identity": None if self.identity is None else self.identity.to_dict(),
-        }
-        files.write(path, "NeuronSet", tensors, metadata)
+    def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+        """What a file of the set holds."""
+        metadata = {"layers": self.layers, "neurons": self.neurons, "site": self.site}
+        return {"pairs": self._member.nonzero(), "means": self._means}, metadata
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> NeuronSet:
-        """Read a set that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged or holds something else.
-        """
-        tensors, metadata = files.read(path, "NeuronSet")
-        identity = metadata["identity"]
+    def from_parts(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        identity: ModelIdentity | None,
+    ) -> NeuronSet:
+        """The set that a file holds."""
         return cls(
             tensors["pairs"],
             layers=metadata["layers"],
             neurons=metadata["neurons"],
-            identity=None if identity is None else ModelIdentity.from_dict(identity),
+            identity=identity,
             means=tensors.get("means"),
             site=metadata.get("site"),
         )

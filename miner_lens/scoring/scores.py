@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from miner_lens import files
 from miner_lens.models.identity import ModelIdentity
+from miner_lens.models.result import Result
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring import select
 from miner_lens.scoring.aggregate import merge_info, mix
@@ -33,7 +32,7 @@ class Selection(dict[str, NeuronSet]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImportanceScores:
+class ImportanceScores(Result):
     """Importance of every neuron to every modality, by each metric (MINER, stages 2 and 3).
 
     Scores over the same model add up: `a + b` is what mining both sets of samples in one go
@@ -48,6 +47,8 @@ class ImportanceScores:
         occurrences: In how many of them each modality occurred. Left out, a modality occurred
             in all samples if any of its scores is not 0, and else in none.
         skipped: Number of samples that could not be used and are not counted in `samples`.
+        data_sets: Over how many data sets, each counting the same, this is the `mean`. Scores of
+            more than one do not add up: they are no mean over samples.
         means: Mean activation of each neuron at each modality's tokens, before normalisation,
             over the samples in which the modality occurred; 0 where it never did.
         identity: The model that was mined.
@@ -72,6 +73,7 @@ class ImportanceScores:
     samples: int = field(default=1, kw_only=True)
     occurrences: Sequence[int] = field(default=(), kw_only=True)
     skipped: int = field(default=0, kw_only=True)
+    data_sets: int = field(default=1, kw_only=True)
     means: Float[Tensor, "modality layer neuron"] | None = field(default=None, kw_only=True)
     identity: ModelIdentity | None = field(default=None, kw_only=True)
     info: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
@@ -152,7 +154,8 @@ class ImportanceScores:
             for modality, count, row in zip(self.modalities, self.occurrences, means, strict=True)
         ]
         skipped = f", {self.skipped} skipped" if self.skipped else ""
-        samples = f"samples={self.samples}{skipped}"
+        data_sets = f", data_sets={self.data_sets}" if self.data_sets > 1 else ""
+        samples = f"samples={self.samples}{skipped}{data_sets}"
         title = f"ImportanceScores({shape}{model}, {samples}; mean score by metric)"
         return "\n".join([title, head, *rows])
 
@@ -160,6 +163,13 @@ class ImportanceScores:
         if not isinstance(other, ImportanceScores):
             return NotImplemented
         self._check(other)
+        for scores in (self, other):
+            if scores.data_sets > 1:
+                raise ValueError(
+                    f"One of these scores is the mean of {scores.data_sets} data sets, in which "
+                    "each counts the same, so it has no samples to weigh it by. Add up the scores "
+                    "of each data set first, then use ImportanceScores.mean([...])."
+                )
         if self.modalities != other.modalities:
             raise ValueError(
                 f"Scores that add up need the same modalities; got {', '.join(self.modalities)} "
@@ -229,6 +239,7 @@ class ImportanceScores:
             samples=sum(one.samples for one in sets),
             occurrences=occurrences,
             skipped=sum(one.skipped for one in sets),
+            data_sets=sum(one.data_sets for one in sets),
             means=torch.stack(means) if with_means else None,
             identity=next((one.identity for one in sets if one.identity is not None), None),
             info=info,
@@ -307,11 +318,8 @@ class ImportanceScores:
         table.insert(0, "site", self.site)
         return table
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scores to a safetensors file; all else is in its metadata, as JSON."""
-        tensors = {"values": self.values}
-        if self.means is not None:
-            tensors["means"] = self.means
+    def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+        """What a file of the scores holds."""
         metadata = {
             "modalities": self.modalities,
             "metrics": self.metrics,
@@ -320,21 +328,19 @@ class ImportanceScores:
             "samples": self.samples,
             "occurrences": self.occurrences,
             "skipped": self.skipped,
-            "identity": None if self.identity is None else self.identity.to_dict(),
+            "data_sets": self.data_sets,
             "info": self.info,
         }
-        files.write(path, "ImportanceScores", tensors, metadata)
+        return {"values": self.values, "means": self.means}, metadata
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ImportanceScores:
-        """Read scores that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged or holds something else.
-        """
-        tensors, metadata = files.read(path, "ImportanceScores")
-        identity = metadata["identity"]
+    def from_parts(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        identity: ModelIdentity | None,
+    ) -> ImportanceScores:
+        """The scores that a file holds."""
         return cls(
             tensors["values"],
             metadata["modalities"],
@@ -342,8 +348,9 @@ class ImportanceScores:
             samples=metadata["samples"],
             occurrences=metadata["occurrences"],
             skipped=metadata["skipped"],
+            data_sets=metadata.get("data_sets", 1),
             means=tensors.get("means"),
-            identity=None if identity is None else ModelIdentity.from_dict(identity),
+            identity=identity,
             info=metadata["info"],
         )
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miner_lens.models.identity import ModelIdentity
+from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.kernels import METRICS
 from miner_lens.scoring.scores import ImportanceScores
 from tests.reference import load
@@ -272,3 +273,41 @@ def test_reference_selections_through_the_public_api(number: int) -> None:
         for modality, neurons in chosen.items():
             wanted = {tuple(row) for row in expected[f"case{index}_{modality}"].tolist()}
             assert set(neurons) == wanted
+
+
+def test_means_of_data_sets_do_not_add_up(tmp_path: Path) -> None:
+    one, other = make(seed=1), make(seed=2)
+    mean = ImportanceScores.mean([one, other])
+    assert (mean.data_sets, (one + other).data_sets) == (2, 1)
+    assert "data_sets=2" in repr(mean)
+    mean.save(tmp_path / "mean.safetensors")
+    for averaged in (mean, ImportanceScores.load(tmp_path / "mean.safetensors")):
+        for a, b in ((averaged, one), (one, averaged), (averaged, averaged)):
+            with pytest.raises(
+                ValueError, match=r"mean of 2 data sets.*no samples to weigh.*first"
+            ):
+                a + b
+    alone = ImportanceScores.mean([one])
+    assert (alone + other).samples == one.samples + other.samples
+    assert ImportanceScores.mean([mean, one]).data_sets == 3
+
+
+def test_files_of_the_first_version() -> None:
+    """Written before results shared their way of saving."""
+    folder = Path(__file__).parents[1] / "files"
+    means = torch.arange(8.0).view(2, 4) / 8
+    who = ModelIdentity(
+        "owner/model", "Qwen2VLForConditionalGeneration", 2, 4, "vision", "0123456789abcdef"
+    )
+    neurons = NeuronSet.load(folder / "neurons.safetensors")
+    assert neurons == NeuronSet([(0, 3), (1, 2)], layers=2, neurons=4, identity=who)
+    assert neurons.identity is not None
+    assert neurons.identity.name == "owner/model"
+    assert torch.equal(neurons.means, means)
+    scores = ImportanceScores.load(folder / "scores.safetensors")
+    assert torch.equal(scores.values, torch.arange(80.0).view(5, 2, 2, 4) / 80)
+    assert torch.equal(scores.means, torch.stack([means, -means]))
+    assert (scores.modalities, scores.identity) == (("image", "video"), who)
+    assert (scores.samples, scores.occurrences, scores.skipped) == (7, (7, 3), 1)
+    assert scores.info == {"attention": "causal", "data": "some"}
+    assert scores.data_sets == 1
