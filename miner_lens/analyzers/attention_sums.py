@@ -12,8 +12,8 @@ from torch import Tensor
 
 from miner_lens.models import sites
 from miner_lens.models.bridge import hf_model_of
-from miner_lens.running.analyzer import OUTSIDE, Hook, Running
 from miner_lens.running.batch import Batch, TowerBatch, TowerPass
+from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
 
 NO_ROTATED = (

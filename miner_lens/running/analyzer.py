@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from miner_lens.data.sample import SampleError
-from miner_lens.models import sites
-from miner_lens.models.access import identity, layout
-from miner_lens.models.bridge import hf_model_of, pass_inputs, prepare
+from miner_lens.models.access import identity
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch, TowerPass
-from miner_lens.running.totals import KINDS, Keep, Max, Min, Sum, Top, wide
+from miner_lens.running.hooks import Hook, Shared, prompt_hooks
+from miner_lens.running.totals import Keep, Max, Min, Sum, Top, Totals
 
-Hook = tuple[str, Callable[..., Tensor | None]]
-Running = Callable[[], Batch | None]
 State = dict[str, Tensor]
 R = TypeVar("R", covariant=True)
-
-OUTSIDE = (
-    "The {tower} tower ran outside of a forward pass of the whole model, as it does within "
-    "generate, so its rows cannot be told apart by sample. Call the model on the prompt instead."
-)
-
-
-class Shared(Protocol, Hashable):
-    """Something that several analyzers need of a pass, read by hooks of its own.
-
-    Equal ones are hooked once in each pass; what they read they keep in `batch.once(self, ...)`.
-    """
-
-    def hooks(self, model: Any, running: Running) -> list[Hook]:
-        """Its hooks; `running` gives the batch of the pass, or None in a step of generation."""
-        ...
 
 
 class Analyzer(ABC, Generic[R]):
@@ -51,14 +31,15 @@ class Analyzer(ABC, Generic[R]):
     `self.min`, `self.top`, `self.keep`; afterwards `self[name]` reads it. After `run` the analyzer
     holds its state.
 
+    Public attributes that are numbers, strings or lists of them are its settings: analyzers that
+    differ in them are not merged, nor is a run continued. Private attributes are no state: they
+    are neither merged nor saved.
+
     Args:
         site: Where it reads, if its points depend on that: `"llm"`, or a tower of the model.
 
     Attributes:
-        needs_gradients: Whether `see` wants the gradient at each point as well; `run` refuses it
-            for now.
-        samples: How many samples it has seen.
-        skipped: How many could not be used.
+        needs_gradients: Whether `see` wants the gradient at each point as well; refused for now.
         identity: The model that it has seen.
 
     Example:
@@ -78,11 +59,13 @@ class Analyzer(ABC, Generic[R]):
 
     needs_gradients = False
     site = "llm"
+    identity: ModelIdentity | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make its state, so that a subclass's `__init__` need not call this one's."""
         analyzer = super().__new__(cls)
-        analyzer._forget()
+        analyzer._totals, analyzer._counts = Totals(), Totals()
+        analyzer._points = tuple[Point, ...]()
         return analyzer
 
     def __init__(self, site: str = "llm") -> None:
@@ -117,30 +100,30 @@ class Analyzer(ABC, Generic[R]):
             value: Of any shape, the same each time.
             at: A place on the first axis of the state, such as `point.layer`.
         """
-        self._add(name, Sum(wide(value)), at)
+        self._totals.add(name, Sum({"value": torch.as_tensor(value).detach()}), at)
 
     def max(self, name: str, value: Tensor | float, at: int | None = None) -> None:
         """Keep the larger of each element; see `sum`."""
-        self._add(name, Max(torch.as_tensor(value).detach()), at)
+        self._totals.add(name, Max({"value": _floating(value)}), at)
 
     def min(self, name: str, value: Tensor | float, at: int | None = None) -> None:
         """Keep the smaller of each element; see `sum`."""
-        self._add(name, Min(torch.as_tensor(value).detach()), at)
+        self._totals.add(name, Min({"value": _floating(value)}), at)
 
     def top(self, name: str, values: Tensor, ids: Tensor, k: int, at: int | None = None) -> None:
         """Keep the k largest values of each cell, with the ids of what had them.
 
-        `self[name]` is a `Top` of `values` [k *cell] and `ids` [k *cell part].
+        `self[name]` has `values` [k *cell], falling, and `ids` [k *cell part].
 
         Args:
             name: Of the state.
-            values: [candidate *cell], such as `x[mask]`, [token neuron].
+            values: [candidate *cell], such as `x[mask]`, [token neuron]; compared in float32.
             ids: Whole numbers for each candidate, [candidate] or [candidate part], such as
-                `batch.places[mask]`.
-            k: How many to keep.
+                `batch.places[mask]`. Which of equal values stay is drawn from their ids.
+            k: How many to keep; where there are fewer, the rest is -inf, with ids -1.
             at: A place on the first axis of the state, such as `point.layer`.
         """
-        self._add(name, Top.of(values, ids, k), at)
+        self._totals.add(name, Top.of(values, ids, k), at)
 
     def keep(
         self, name: str, rows: Tensor, at_most: int, seed: int = 0, ids: Tensor | None = None
@@ -167,26 +150,33 @@ class Analyzer(ABC, Generic[R]):
                     f"keep({name!r}) was given {len(rows)} rows for {len(ids)} samples and no ids. "
                     "Give ids that are each row's alone, such as batch.places[mask]."
                 )
-        self._add(name, Keep.of(rows, ids, at_most, seed), None)
+        self._totals.add(name, Keep.of(rows, ids, at_most, seed))
 
     # What `result` reads.
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._totals:
-            known = ", ".join(self._totals) or "nothing yet"
+        if name not in self:
+            known = ", ".join(self._totals.named) or "nothing yet, as no sample has been seen"
             raise KeyError(f"There is no state {name!r}; there is {known}.")
-        total = self._totals[name]
-        if isinstance(total, Top):
-            return total
-        return total.rows if isinstance(total, Keep) else total.tensor
+        return self._totals.named[name].value
 
     def __contains__(self, name: str) -> bool:
-        return name in self._totals
+        return name in self._totals.named
+
+    @property
+    def samples(self) -> int:
+        """How many samples it has seen."""
+        return self._counted("samples").get("", 0)
+
+    @property
+    def skipped(self) -> int:
+        """How many could not be used."""
+        return self._counted("skipped").get("", 0)
 
     @property
     def occurrences(self) -> dict[str, int]:
         """In how many samples each modality occurred that the data know of."""
-        return {name: int(count) for name, count in self._occurrences.items()}
+        return self._counted("modality")
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -196,18 +186,14 @@ class Analyzer(ABC, Generic[R]):
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels that occurred, in alphabetical order."""
-        return tuple(sorted(self._labels))
+        return tuple(sorted(self._counted("label")))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What two analyzers must share to be merged or continued: public plain attributes."""
         plain = (str, int, float, bool, list, tuple, type(None))
-        counted = {"samples", "skipped"}
-        return {"site": self.site} | {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name not in counted and isinstance(value, plain)
-        }
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return {"site": self.site} | {k: v for k, v in public.items() if isinstance(v, plain)}
 
     def __add__(self, other: Self) -> Self:
         """A new analyzer that has seen what both have seen.
@@ -218,19 +204,35 @@ class Analyzer(ABC, Generic[R]):
         if type(other) is not type(self):
             return NotImplemented
         merged = copy(self)
-        merged._copy_state()
+        merged.load_state_dict(self.state_dict())
         merged._merge(other)
         return merged
 
     # What `run` calls.
 
     def begin(self, model: Any) -> None:
-        """Note the model that is about to run.
+        """Note the model that is about to run, and the points to read in it.
 
         Raises:
-            ValueError: It is another one than before, or has no such site.
+            ValueError: It is another one than before, or has no such site or points.
         """
+        name = type(self).__name__
+        if self.needs_gradients:
+            raise ValueError(
+                f"{name} needs gradients, and there is no backward pass yet: use one that sets "
+                "needs_gradients = False."
+            )
         self._remember(identity(model, self.site))
+        self._points = tuple(self.points(model))
+        unknown = [point.name for point in self._points if point.name not in model.hook_dict]
+        if unknown or not self._points:
+            what = f"{unknown[0]!r}, which this model has not" if unknown else "no point"
+            raise ValueError(f"{name}.points names {what}; model.hook_dict has all there are.")
+
+    @property
+    def reading(self) -> tuple[Point, ...]:
+        """The points that it reads in the model that `begin` was given."""
+        return self._points
 
     def needs(self) -> Sequence[Shared]:
         """What it wants read by hooks that are shared with other analyzers."""
@@ -241,30 +243,7 @@ class Analyzer(ABC, Generic[R]):
 
         Each forward pass of a prompt is folded at its end; steps of generation are passed by.
         """
-        prepare(model)
-        self.begin(model)
-        known, inputs = layout(model), pass_inputs(model)
-        running: list[Batch] = []
-
-        def begin(ids: Tensor, hook: Any) -> None:
-            running.clear()
-            if _continues(inputs.all):
-                return
-            real = torch.ones_like(ids, dtype=torch.bool) if inputs.real is None else inputs.real
-            given = inputs.all | {"input_ids": ids, "attention_mask": real}
-            index = tuple(range(self.samples, self.samples + len(ids)))
-            names = tuple(map(str, range(len(ids))))
-            running.append(Batch(given, known.masks(ids, real), names, index=index))
-            self.open(running[0], hf_model_of(model))
-
-        def end(residual: Tensor, hook: Any) -> None:
-            if running:
-                batch = running.pop()
-                self.check(batch)
-                self.accept(batch)
-
-        inner = pass_hooks([self], model, lambda: running[0] if running else None)
-        return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
+        return prompt_hooks(self, model)
 
     def open(self, batch: Batch, hf_model: Any) -> None:
         """Make ready for a pass; what a pass before it has left unaccepted is forgotten.
@@ -273,11 +252,30 @@ class Analyzer(ABC, Generic[R]):
             SampleError: The media do not fit the placeholders.
         """
         self._batch = batch
-        if self.site != "llm":
-            TowerPass.of(batch, hf_model, self.site)
-        self._pending: dict[str, dict[int | None, Any]] = {}
-        self._fired: dict[Point, int] = {}
+        for site in {self.site, *(point.site for point in self._points)} - {"llm"}:
+            TowerPass.of(batch, hf_model, site)
+        self._totals.forget()
+        self._calls = dict.fromkeys(self._points, 0)
         self._finite: list[tuple[Point, Tensor]] = []
+
+    def receive(self, x: Tensor, point: Point, batch: Batch) -> None:
+        """Hand what passes through a point to `see`."""
+        call, view = self._calls[point], batch
+        self._calls[point] += 1
+        if point.site != "llm":
+            x, view = batch.towers[point.site].padded(x, call)
+        with torch.no_grad():
+            finite = batch.once((point.name, call), lambda: _finite(x))
+            self._finite.append((point, finite))
+            try:
+                self.see(x.detach(), point, view)
+            except SampleError:
+                raise
+            except ValueError as error:
+                # A ValueError of the model's says that it refuses a sample; this is none.
+                raise RuntimeError(
+                    f"{type(self).__name__}.see failed at {point.name}: {error}"
+                ) from error
 
     def check(self, batch: Batch) -> None:
         """Raise `SampleError` if what was seen must not be folded, naming layer and sample.
@@ -286,148 +284,70 @@ class Analyzer(ABC, Generic[R]):
 
         Raises:
             SampleError: An activation, or what was made of it, is NaN or infinite.
-            RuntimeError: No point was passed, or a tower ran another number of times than thought.
+            RuntimeError: A point was passed another number of times than thought.
         """
-        self._check_calls(batch)
-        if not self._finite:
+        for point, calls in self._calls.items():
+            thought = 1 if point.site == "llm" else len(batch.towers[point.site].calls)
+            if calls != thought:
+                raise RuntimeError(
+                    f"{point.name} should have run {thought} times in this pass, but ran {calls} "
+                    f"times, so {type(self).__name__} has not seen what it reads."
+                )
+        # Layers may lie on several devices; only the last step waits for them.
+        made = {name: total.is_sound()[None] for name, total in self._totals.ready().items()}
+        flags = [*(flag for _, flag in self._finite), *made.values()]
+        if not flags or bool(torch.cat([flag.to(flags[0].device) for flag in flags]).all()):
             return
-        # The layers of a model may lie on several devices; only the last step waits for them.
-        device = self._finite[0][1].device
-        flags = [flag.to(device) for _, flag in self._finite]
-        made = [
-            (name, total.tensor.isfinite().all().to(device))
-            for name, by_place in self._pending.items()
-            for total in by_place.values()
-            if isinstance(total, Sum) and total.tensor.is_floating_point()
-        ]
-        whole = torch.stack([*(flag.all() for flag in flags), *(flag for _, flag in made)]).cpu()
-        if bool(whole.all()):
-            return
-        first = int((~whole).nonzero()[0])
-        if first < len(flags):
-            point, row = self._finite[first][0], int((~flags[first]).nonzero()[0])
-            where = f"layer {point.layer}"
-            where += "" if point.site == "llm" else f" of site {point.site!r}"
-            who, what = batch.ids[row], f"activations in {where}"
-        else:
-            name = made[first - len(flags)][0]
-            who, what = ", ".join(batch.ids), f"{name!r} of {type(self).__name__}"
+        for point, flag in self._finite:
+            for name, fine in zip(batch.ids, flag.tolist(), strict=True):
+                if not fine:
+                    where = f"layer {point.layer} of site {point.site!r} ({point.name})"
+                    raise SampleError(
+                        f"{name}: NaN or infinite activations in {where}. Load the model in a "
+                        "wider dtype (float32 or bfloat16 rather than float16), or leave the "
+                        "sample out with on_error='skip'."
+                    )
+        bad = ", ".join(repr(name) for name, flag in made.items() if not flag)
         raise SampleError(
-            f"{who}: NaN or infinite {what}. Load the model in a wider dtype (float32 or bfloat16 "
-            "rather than float16), or leave the sample out with on_error='skip'."
+            f"{', '.join(batch.ids)}: {type(self).__name__}.see made NaN or infinity of finite "
+            f"activations, in {bad}. A mean over no token is NaN, for one: sum, and divide in "
+            "result; or leave the sample out with on_error='skip'."
         )
 
     def accept(self, batch: Batch) -> None:
         """Fold what the pass has added."""
-        for name, by_place in self._pending.items():
-            first = next(iter(by_place.values()))
-            total = first if None in by_place else type(first).stack(by_place)
-            self._totals[name] = self._totals[name] + total if name in self._totals else total
-        self._pending = {}
-        self.samples += len(batch.ids)
-        for name, count in self._present(batch).items():
-            self._occurrences[name] = count + (
-                self._occurrences[name].to(count.device) if name in self._occurrences else 0
-            )
-        self._labels |= {label for label in batch.labels if label is not None}
+        self._totals.fold()
+        self._count("samples/", len(batch.ids))
+        present = batch.present if self.site == "llm" else batch.towers[self.site].present
+        for name, count in present.items():
+            self._count(f"modality/{name}", count)
+        for label in batch.labels:
+            if label is not None:
+                self._count(f"label/{label}", 1)
 
     def skip(self, samples: int) -> None:
         """Count samples that could not be used."""
-        self.skipped += samples
+        self._count("skipped/", samples)
 
     def state_dict(self) -> State:
         """Everything that was folded, as tensors that `load_state_dict` takes."""
-        state = {"samples": torch.tensor(self.samples), "skipped": torch.tensor(self.skipped)}
-        for number, (name, count) in enumerate(self._occurrences.items()):
-            # The number keeps the order of modalities, which files do not.
-            state[f"occurrences/{number:03}/{name}"] = count
-        for label in self.labels:
-            state[f"label/{label}"] = torch.tensor(True)
-        for number, (name, total) in enumerate(self._totals.items()):
-            for part, tensor in total.tensors().items():
-                state[f"{total.kind}/{number:05}/{part}/{name}"] = tensor.clone()
-        return state
+        parts = {"state": self._totals.state_dict(), "counts": self._counts.state_dict()}
+        return {f"{part}/{key}": t for part, state in parts.items() for key, t in state.items()}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from what `state_dict` returned, forgetting what was seen before."""
-        known = self.identity
-        self._forget()
-        self.identity = known
-        self.samples, self.skipped = int(state["samples"]), int(state["skipped"])
-        totals: dict[tuple[str, str, str], State] = {}
-        for key in sorted(state):
-            kind, _, rest = key.partition("/")
-            if kind == "occurrences":
-                self._occurrences[rest.partition("/")[2]] = state[key].clone()
-            elif kind == "label":
-                self._labels.add(rest)
-            elif kind in KINDS:
-                number, part, name = rest.split("/", 2)
-                totals.setdefault((number, kind, name), {})[part] = state[key].clone()
-        for (_, kind, name), parts in sorted(totals.items()):
-            self._totals[name] = KINDS[kind].from_tensors(parts)
+        self._totals, self._counts = (
+            Totals.from_state_dict(
+                {key.removeprefix(part): t for key, t in state.items() if key.startswith(part)}
+            )
+            for part in ("state/", "counts/")
+        )
 
     def merge_state_dict(self, state: State) -> None:
         """Add what another analyzer of the same settings has seen."""
         other = copy(self)
         other.load_state_dict(state)
         self._merge(other)
-
-    def hook(self, point: Point, hf_model: Any, running: Running, x: Tensor, hook: Any) -> None:
-        """Hand what passes through a point to `see`; a hook function but for the first three."""
-        batch = running()
-        if point.site != "llm":
-            if batch is None:
-                raise RuntimeError(OUTSIDE.format(tower=point.site))
-            tower = TowerPass.of(batch, hf_model, point.site)
-            call = self._fired.get(point, 0)
-            x, view = tower.padded(x, call)
-        elif batch is None:
-            return
-        else:
-            call, view = 0, batch
-        self._fired[point] = call + 1
-        with torch.no_grad():
-            finite = batch.once((point.name, call), lambda: _finite(x))
-            self._finite.append((point, finite))
-            try:
-                self.see(x.detach(), point, view)
-            except ValueError as error:
-                # A ValueError of the model's says that it refuses a sample; this is none.
-                raise RuntimeError(
-                    f"{type(self).__name__}.see failed at {point.name}: {error}"
-                ) from error
-
-    def _add(self, name: str, total: Any, at: int | None) -> None:
-        by_place = self._pending.setdefault(name, {})
-        if by_place and (at is None) != (None in by_place):
-            raise ValueError(f"State {name!r} was given both with at= and without.")
-        by_place[at] = by_place[at] + total if at in by_place else total
-
-    def _check_calls(self, batch: Batch) -> None:
-        if self.site == "llm":
-            if not self._fired:
-                raise RuntimeError(
-                    f"{type(self).__name__} has seen none of its points in this pass; do the names "
-                    "that points() gives exist in model.hook_dict?"
-                )
-            return
-        calls, fired = len(batch.towers[self.site].calls), set(self._fired.values())
-        if fired != ({calls} if calls else set()):
-            raise RuntimeError(
-                f"The {self.site} tower should have run {calls} times through each layer, but ran "
-                f"{', '.join(map(str, sorted(fired))) or 0} times."
-            )
-
-    def _present(self, batch: Batch) -> dict[str, Tensor]:
-        if self.site != "llm":
-            return batch.towers[self.site].present()
-        return batch.once("present", lambda: {n: m.any(1).sum() for n, m in batch.masks.items()})
-
-    def _remember(self, model: ModelIdentity) -> None:
-        if self.identity is not None:
-            self.identity.check(model)
-        self.identity = model
 
     def _merge(self, other: Self) -> None:
         if self.settings != other.settings:
@@ -437,48 +357,33 @@ class Analyzer(ABC, Generic[R]):
             )
         if other.identity is not None:
             self._remember(other.identity)
-        self.samples += other.samples
-        self.skipped += other.skipped
-        for name, count in other._occurrences.items():
-            known = self._occurrences.get(name)
-            self._occurrences[name] = count if known is None else known + count.to(known.device)
-        self._labels |= other._labels
-        for name, total in other._totals.items():
-            self._totals[name] = self._totals[name] + total if name in self._totals else total
+        for own, theirs in ((self._totals, other._totals), (self._counts, other._counts)):
+            for name, total in theirs.named.items():
+                own.merge(name, total)
 
-    def _forget(self) -> None:
-        self.identity: ModelIdentity | None = None
-        self.samples = self.skipped = 0
-        self._totals: dict[str, Any] = {}
-        self._occurrences: dict[str, Tensor] = {}
-        self._labels: set[str] = set()
+    def _remember(self, model: ModelIdentity) -> None:
+        if self.identity is not None:
+            self.identity.check(model)
+        self.identity = model
 
-    def _copy_state(self) -> None:
-        self._totals, self._labels = dict(self._totals), set(self._labels)
-        self._occurrences = dict(self._occurrences)
+    def _count(self, name: str, count: Tensor | int) -> None:
+        self._counts.merge(name, Sum({"value": torch.as_tensor(count)}))
+
+    def _counted(self, what: str) -> dict[str, int]:
+        return {
+            name.removeprefix(f"{what}/"): int(total.value)
+            for name, total in self._counts.named.items()
+            if name.startswith(f"{what}/")
+        }
 
 
-def pass_hooks(analyzers: Sequence[Analyzer[Any]], model: Any, running: Running) -> list[Hook]:
-    """All hooks of a pass; what several analyzers need is read once."""
-    shared = dict.fromkeys(one for analyzer in analyzers for one in analyzer.needs())
-    hooks = [hook for one in shared for hook in one.hooks(model, running)]
-    hf_model = hf_model_of(model)
-    for analyzer in analyzers:
-        if analyzer.site != "llm":
-            sites.find(hf_model, analyzer.site)
-        for point in analyzer.points(model):
-            hooks.append((point.name, partial(analyzer.hook, point, hf_model, running)))
-    return hooks
+def _floating(value: Tensor | float) -> Tensor:
+    tensor = torch.as_tensor(value).detach()
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 def _finite(x: Tensor) -> Tensor:
     """Which samples have neither NaN nor infinity; a sum has one if any element is one."""
-    return x.flatten(1).sum(1, dtype=torch.float32).isfinite()
-
-
-def _continues(inputs: dict[str, Any]) -> bool:
-    """Whether a pass continues an earlier one, as steps of generation do."""
-    cache = inputs.get(
-        "cache", inputs.get("past_key_values")
-    )  # as of transformers 5.24, and before
-    return cache is not None and cache.get_seq_length() > 0
+    # float16 would overflow, and bfloat16 cast to float32 takes long on a CPU.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return x.flatten(1).sum(1, dtype=dtype).isfinite()

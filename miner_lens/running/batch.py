@@ -65,6 +65,11 @@ class Batch:
         return torch.stack([index[:, None].expand_as(position), position], -1)
 
     @cached_property
+    def present(self) -> dict[str, Tensor]:
+        """In how many samples each modality occurs."""
+        return dict(zip(self.masks, self.stacked.any(2).sum(0), strict=True))
+
+    @cached_property
     def stacked(self) -> Bool[Tensor, "batch modality pos"]:
         """All masks in one tensor."""
         return torch.stack(list(self.masks.values()), dim=1)
@@ -137,10 +142,11 @@ class TowerPass:
             batch.towers[site] = cls(tower, hf_model, batch)
         return batch.towers[site]
 
-    def present(self) -> dict[str, Tensor]:
+    @property
+    def present(self) -> dict[str, int]:
         """How many samples have items of each of the tower's modalities."""
         counts = {c.modality: len(s) for c, s in zip(self.calls, self.spans, strict=True)}
-        return {name: torch.tensor(counts.get(name, 0)) for name in self.tower.modalities}
+        return {name: counts.get(name, 0) for name in self.tower.modalities}
 
     def view(self, call: int, device: torch.device) -> TowerBatch:
         """The batch of a call, with masks on a device; made once a call, not in each layer.

@@ -212,8 +212,6 @@ def _check_arguments(
         raise ValueError("run needs at least one analyzer, such as ml.ImportanceAnalyzer().")
     if len({id(analyzer) for analyzer in analyzers}) < len(analyzers):
         raise ValueError("An analyzer was given twice; each keeps its own state.")
-    if any(analyzer.needs_gradients for analyzer in analyzers):
-        raise ValueError("run makes no backward pass yet, so needs_gradients cannot be served.")
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be at least 1, or 'auto', not {batch_size!r}.")
     if on_error not in ("raise", "skip"):

@@ -1,249 +1,295 @@
 """What an analyzer keeps: named tensors, each of which knows how two of it merge.
 
-A total of any kind has tensors by which it is saved, and `+`. None of them depends on the order in
-which samples come, nor on which process has seen them.
+A total depends neither on the order in which samples come nor on which process has seen them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
 
-def wide(value: Any) -> Tensor:
-    """float64 (or int64) where the device has it, so that sums over many samples stay exact."""
-    tensor = torch.as_tensor(value).detach()
+class Total:
+    """A tensor, or several that belong together, with `+`.
+
+    Attributes:
+        parts: The tensors, [*at ...] each.
+        at: Whether the first axis counts places, such as layers.
+    """
+
+    kind: ClassVar[str]
+    nothing: ClassVar[dict[str, float]]  # what is at a place that nothing was added to
+
+    def __init__(self, parts: Tensors, at: bool = False) -> None:
+        self.parts, self.at = parts, at
+
+    @property
+    def value(self) -> Any:
+        """What an analyzer reads."""
+        return self.parts["value"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What has to be alike in each pass."""
+        return tuple(next(iter(self.parts.values())).shape[self.at :])
+
+    @classmethod
+    def stack(cls, by_place: dict[int, Self]) -> Self:
+        """One total with a first axis, of the totals at some places of it."""
+        places, parts = range(max(by_place) + 1), {}
+        for part, like in next(iter(by_place.values())).parts.items():
+            nothing = torch.full_like(like, cls.nothing[part])
+            rows = [by_place[n].parts[part] if n in by_place else nothing for n in places]
+            parts[part] = torch.stack([row.to(like.device) for row in rows])
+        return cls(parts, at=True)
+
+    def settled(self) -> Self:
+        """Itself in the dtype in which it is kept."""
+        return self
+
+    def is_sound(self) -> Tensor:
+        """Whether all that was added is finite; it stays on its device."""
+        part, numbers = next(iter(self.parts.items()))
+        return (numbers.isfinite() | (numbers == self.nothing[part])).all()
+
+    def __add__(self, other: Self) -> Self:
+        others = {part: other.parts[part].to(own.device) for part, own in self.parts.items()}
+        if not self.at:
+            return type(self)(self._join(self.parts, others, 0))
+        length = max(len(next(iter(parts.values()))) for parts in (self.parts, others))
+        one, two = (self._longer(parts, length) for parts in (self.parts, others))
+        return type(self)(self._join(one, two, 1), at=True)
+
+    @classmethod
+    def _longer(cls, parts: Tensors, length: int) -> Tensors:
+        return {
+            part: torch.cat([t, t.new_full((length - len(t), *t.shape[1:]), cls.nothing[part])])
+            for part, t in parts.items()
+        }
+
+    @classmethod
+    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
+        """Two put together; `axis` is the first after that of places."""
+        raise NotImplementedError
+
+
+class Sum(Total):
+    """Adds up, in float64 (int64 for whole numbers), so that many samples stay exact."""
+
+    kind, nothing = "sum", {"value": 0}
+
+    def settled(self) -> Self:
+        """In float64 or int64."""
+        return type(self)({"value": _wide(self.value)}, self.at)
+
+    @classmethod
+    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
+        return {"value": _wide(one["value"]) + _wide(two["value"])}
+
+
+class Max(Total):
+    """Keeps the largest of each element."""
+
+    kind, nothing = "max", {"value": -torch.inf}
+
+    @classmethod
+    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
+        return {"value": torch.maximum(one["value"], two["value"])}
+
+
+class Min(Total):
+    """Keeps the smallest of each element."""
+
+    kind, nothing = "min", {"value": torch.inf}
+
+    @classmethod
+    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
+        return {"value": torch.minimum(one["value"], two["value"])}
+
+
+class Top(Total):
+    """The k largest values of each cell and the ids of what had them.
+
+    Attributes:
+        values: [*at k *cell], falling, in float32; -inf where there were fewer.
+        ids: [*at k *cell part]; -1 where there were fewer.
+    """
+
+    kind, nothing = "top", {"values": -torch.inf, "ids": -1}
+
+    @classmethod
+    def of(cls, values: Tensor, ids: Tensor, k: int) -> Self:
+        """The top of some candidates: values [candidate *cell], ids [candidate *part]."""
+        values = values.detach().float()
+        ids = ids.to(values.device).long().reshape(len(values), *(1,) * (values.ndim - 1), -1)
+        parts = {"values": values, "ids": ids.expand(*values.shape, ids.shape[-1])}
+        parts = cls._longer(parts, max(k, len(values)))
+        return cls(_largest(parts["values"], parts["ids"], k, 0))
+
+    @property
+    def value(self) -> Self:
+        """The total itself, for its values and ids."""
+        return self
+
+    @property
+    def values(self) -> Tensor:
+        """[*at k *cell]."""
+        return self.parts["values"]
+
+    @property
+    def ids(self) -> Tensor:
+        """[*at k *cell part]."""
+        return self.parts["ids"]
+
+    @classmethod
+    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
+        values, ids = (torch.cat([one[part], two[part]], axis) for part in ("values", "ids"))
+        return _largest(values, ids, one["values"].shape[axis], axis)
+
+
+class Keep(Total):
+    """A sample of rows in which each has the same chance, however the data are dealt.
+
+    A lot is drawn for each row from the seed and its id; the rows with the lowest lots stay.
+    """
+
+    kind, nothing = "keep", {"value": 0}
+
+    @classmethod
+    def of(cls, rows: Tensor, ids: Tensor, size: int, seed: int) -> Self:
+        """What stays of some rows; ids [row *part] are theirs alone."""
+        lots = _lots(ids.to(rows.device).long().reshape(len(rows), -1), seed)
+        return cls(_first(rows.detach(), lots, size))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many rows may stay, and the shape of one."""
+        return (int(self.parts["size"]), *self.value.shape[1:])
+
+    @classmethod
+    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
+        rows, lots = (torch.cat([one[part], two[part]]) for part in ("value", "lots"))
+        return _first(rows, lots, int(one["size"]))
+
+
+KINDS: dict[str, type[Total]] = {one.kind: one for one in (Sum, Max, Min, Top, Keep)}
+
+
+class Totals:
+    """Totals by name, and what the pass that is running would add to them."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, Any] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Add nothing of this pass."""
+        self._pending: dict[str, dict[int | None, Any]] = {}
+        self._ready: dict[str, Any] = {}
+
+    def add(self, name: str, total: Any, at: int | None = None) -> None:
+        """Hold something back until `fold`.
+
+        Raises:
+            ValueError: It is of another kind or shape than before, or `at` is below 0.
+        """
+        if at is not None and at < 0:
+            raise ValueError(f"State {name!r} was given at={at}; places count from 0.")
+        by_place = self._pending.setdefault(name, {})
+        first = next(iter(by_place.values()), None)
+        known = first or self.named.get(name)
+        if known is not None:
+            placed = None not in by_place if first else known.at
+            _require_alike(name, (known, placed), (total, at is not None))
+        by_place[at] = by_place[at] + total if at in by_place else total
+
+    def ready(self) -> dict[str, Any]:
+        """What the pass has added, by name."""
+        for name, by_place in self._pending.items():
+            first = next(iter(by_place.values()))
+            self._ready[name] = (first if None in by_place else first.stack(by_place)).settled()
+        self._pending = {}
+        return self._ready
+
+    def fold(self) -> None:
+        """Add what was held back."""
+        for name, total in self.ready().items():
+            self.merge(name, total)
+        self.forget()
+
+    def merge(self, name: str, total: Any) -> None:
+        """Add to the total of a name.
+
+        Raises:
+            ValueError: It is of another kind or shape.
+        """
+        known = self.named.get(name)
+        if known is not None:
+            _require_alike(name, (known, known.at), (total, total.at))
+        self.named[name] = total if known is None else known + total
+
+    def state_dict(self) -> Tensors:
+        """All totals as tensors; the numbers keep their order, which files do not."""
+        return {
+            f"{number:05}/{total.kind}/{'at' if total.at else ''}/{part}/{name}": tensor
+            for number, (name, total) in enumerate(self.named.items())
+            for part, tensor in total.parts.items()
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Tensors) -> Totals:
+        """The totals that `state_dict` gave."""
+        totals = cls()
+        for key in sorted(state):
+            _, kind, at, part, name = key.split("/", 4)
+            totals.named.setdefault(name, KINDS[kind]({}, bool(at))).parts[part] = state[key]
+        return totals
+
+
+def _require_alike(name: str, known: tuple[Total, bool], new: tuple[Total, bool]) -> None:
+    before, now = ((total.kind, total.shape, at) for total, at in (known, new))
+    if before != now:
+        was, given = (
+            f"{kind} of shape {shape} {'with' if at else 'without'} at="
+            for kind, shape, at in (before, now)
+        )
+        raise ValueError(
+            f"State {name!r} was a {was}, and is given a {given}. A name has one kind and one "
+            "shape in all passes: reduce over samples and positions first, or use another name."
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64 (where the device has it) or int64."""
     if not tensor.is_floating_point():
         return tensor.long()
     return tensor if tensor.device.type == "mps" else tensor.double()
 
 
-@dataclass(frozen=True)
-class Elementwise:
-    """A sum, a maximum or a minimum, element by element.
-
-    Attributes:
-        tensor: The total; of one with `at`, [at ...].
-        at: Whether the first axis counts the places that `at=` named.
-    """
-
-    kind: ClassVar[str]
-    start: ClassVar[float]
-    tensor: Tensor
-    at: bool = False
-
-    def tensors(self) -> Tensors:
-        """What is saved of it."""
-        return {"at" if self.at else "": self.tensor}
-
-    @classmethod
-    def from_tensors(cls, saved: Tensors) -> Any:
-        """The total that `tensors` gave."""
-        ((key, tensor),) = saved.items()
-        return cls(tensor, key == "at")
-
-    @classmethod
-    def stack(cls, by_place: dict[int, Any]) -> Any:
-        """One total with a first axis, of the totals at some places of it."""
-        some = next(iter(by_place.values())).tensor
-        rows = [
-            by_place[n].tensor.to(some.device) if n in by_place else cls._fill(some)
-            for n in range(max(by_place) + 1)
-        ]
-        return cls(torch.stack(rows), at=True)
-
-    def __add__(self, other: Any) -> Any:
-        one, two = self.tensor, other.tensor.to(self.tensor.device)
-        if self.at and len(one) != len(two):
-            one, two = (self._longer(t, max(len(one), len(two))) for t in (one, two))
-        return type(self)(self._join(one, two), self.at)
-
-    @classmethod
-    def _fill(cls, like: Tensor) -> Tensor:
-        return torch.full_like(like, 0 if cls.start == 0 else _extreme(like, cls.start))
-
-    @classmethod
-    def _longer(cls, tensor: Tensor, length: int) -> Tensor:
-        more = tensor[:1].expand(length - len(tensor), *tensor.shape[1:])
-        return torch.cat([tensor, cls._fill(more)])
-
-    @staticmethod
-    def _join(one: Tensor, two: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class Sum(Elementwise):
-    """Adds up, in float64 or int64."""
-
-    kind, start = "sum", 0.0
-
-    @staticmethod
-    def _join(one: Tensor, two: Tensor) -> Tensor:
-        return one + two
-
-
-class Max(Elementwise):
-    """Keeps the largest of each element."""
-
-    kind, start = "max", -1.0
-
-    @staticmethod
-    def _join(one: Tensor, two: Tensor) -> Tensor:
-        return torch.maximum(one, two)
-
-
-class Min(Elementwise):
-    """Keeps the smallest of each element."""
-
-    kind, start = "min", 1.0
-
-    @staticmethod
-    def _join(one: Tensor, two: Tensor) -> Tensor:
-        return torch.minimum(one, two)
-
-
-@dataclass(frozen=True)
-class Top:
-    """The k largest values of each cell and the ids of what had them; of equal ones, lower ids.
-
-    Attributes:
-        values: [*at k *cell], falling; -inf where there were fewer.
-        ids: [*at k *cell part]; -1 where there were fewer.
-        at: Whether the first axis counts places.
-    """
-
-    kind: ClassVar[str] = "top"
-    values: Tensor
-    ids: Int64[Tensor, "..."]
-    at: bool = False
-
-    @classmethod
-    def of(cls, values: Tensor, ids: Tensor, k: int) -> Top:
-        """The top of some candidates: values [candidate *cell], ids [candidate *part]."""
-        values = values.detach()
-        ids = ids.to(values.device).long().reshape(len(values), *(1,) * (values.ndim - 1), -1)
-        ids = ids.expand(*values.shape, ids.shape[-1])
-        missing = max(0, k - len(values))
-        more = values.new_full((missing, *values.shape[1:]), -torch.inf)
-        none = ids.new_full((missing, *ids.shape[1:]), -1)
-        return cls(*_largest(torch.cat([values, more]), torch.cat([ids, none]), k, 0))
-
-    def tensors(self) -> Tensors:
-        """What is saved of it."""
-        at = "at." if self.at else ""
-        return {f"{at}values": self.values, f"{at}ids": self.ids}
-
-    @classmethod
-    def from_tensors(cls, saved: Tensors) -> Top:
-        """The total that `tensors` gave."""
-        at = "at.values" in saved
-        prefix = "at." if at else ""
-        return cls(saved[f"{prefix}values"], saved[f"{prefix}ids"], at)
-
-    @classmethod
-    def stack(cls, by_place: dict[int, Top]) -> Top:
-        """One total with a first axis, of the totals at some places of it."""
-        some = next(iter(by_place.values()))
-        device = some.values.device
-        none = cls(torch.full_like(some.values, -torch.inf), torch.full_like(some.ids, -1))
-        rows = [by_place.get(n, none) for n in range(max(by_place) + 1)]
-        return cls(
-            torch.stack([row.values.to(device) for row in rows]),
-            torch.stack([row.ids.to(device) for row in rows]),
-            at=True,
-        )
-
-    def __add__(self, other: Top) -> Top:
-        axis, device = int(self.at), self.values.device
-        values = torch.cat([self.values, other.values.to(device)], axis)
-        ids = torch.cat([self.ids, other.ids.to(device)], axis)
-        return Top(*_largest(values, ids, self.values.shape[axis], axis), at=self.at)
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A sample of rows in which each has the same chance, however the data are dealt.
-
-    Attributes:
-        rows: [row ...], in the order of their lots.
-        lots: A number drawn for each row from the seed and its id; the lowest stay.
-        size: How many rows may stay.
-    """
-
-    kind: ClassVar[str] = "keep"
-    rows: Tensor
-    lots: Int64[Tensor, " row"]
-    size: int
-
-    @classmethod
-    def of(cls, rows: Tensor, ids: Tensor, size: int, seed: int) -> Keep:
-        """What stays of some rows; ids [row *part] are theirs alone."""
-        rows = rows.detach()
-        lots = torch.full((len(rows),), seed, dtype=torch.long, device=rows.device)
-        for part in ids.to(rows.device).long().reshape(len(rows), -1).T:
-            lots = _mixed(lots ^ part)
-        return cls._lowest(rows, lots, size)
-
-    @classmethod
-    def _lowest(cls, rows: Tensor, lots: Tensor, size: int) -> Keep:
-        order = lots.argsort()[:size]
-        return cls(rows[order], lots[order], size)
-
-    def tensors(self) -> Tensors:
-        """What is saved of it."""
-        return {"rows": self.rows, "lots": self.lots, "size": torch.tensor(self.size)}
-
-    @classmethod
-    def from_tensors(cls, saved: Tensors) -> Keep:
-        """The total that `tensors` gave."""
-        return cls(saved["rows"], saved["lots"], int(saved["size"]))
-
-    def __add__(self, other: Keep) -> Keep:
-        device = self.rows.device
-        rows = torch.cat([self.rows, other.rows.to(device)])
-        return self._lowest(rows, torch.cat([self.lots, other.lots.to(device)]), self.size)
-
-
-KINDS: dict[str, Any] = {one.kind: one for one in (Sum, Max, Min, Top, Keep)}
-
-
-def _largest(values: Tensor, ids: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
-    """The k largest along an axis; the order of ids decides between equal ones."""
-    # Sorts are stable, so the last key is sorted by first. A missing id (-1) goes last.
-    for part in reversed(range(ids.shape[-1])):
-        key = ids[..., part]
-        order = torch.where(key < 0, torch.iinfo(torch.long).max, key).argsort(axis, stable=True)
-        values, ids = _ordered(values, ids, order, axis)
-    order = values.argsort(axis, descending=True, stable=True).narrow(axis, 0, k)
-    return _ordered(values, ids, order, axis)
-
-
-def _ordered(values: Tensor, ids: Tensor, order: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _largest(values: Tensor, ids: Tensor, k: int, axis: int) -> Tensors:
+    """The k largest along an axis; which of equal ones is a matter of their ids alone."""
+    bits = (values + 0.0).view(torch.int32)  # no minus zero
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # whole numbers that rise as the values do
+    order = ((rising << 32) + (_lots(ids) & 0xFFFFFFFF)).topk(k, axis).indices
     wide_order = order[..., None].expand(*order.shape, ids.shape[-1])
-    return values.gather(axis, order), ids.gather(axis, wide_order)
+    return {"values": values.gather(axis, order), "ids": ids.gather(axis, wide_order)}
 
 
-def _mixed(number: Tensor) -> Tensor:
-    """A well mixed number of each number, the same on every machine (SplitMix64)."""
-    number = number + -7046029254386353131
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        number = (number ^ _shifted(number, shift)) * factor
-    return number ^ _shifted(number, 31)
+def _first(rows: Tensor, lots: Tensor, size: int) -> Tensors:
+    order = lots.argsort()[:size]
+    return {"value": rows[order], "lots": lots[order], "size": torch.tensor(size)}
 
 
-def _shifted(number: Tensor, bits: int) -> Tensor:
-    """A right shift that brings in zeros, which torch's on signed numbers does not."""
-    return (number >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _extreme(like: Tensor, sign: float) -> float:
-    if like.is_floating_point():
-        return sign * float("inf")
-    info = torch.iinfo(like.dtype)
-    return info.max if sign > 0 else info.min
+def _lots(ids: Tensor, seed: int = 0) -> Tensor:
+    """A well mixed number for each id [... part], the same on every machine (as SplitMix64)."""
+    lots = torch.full_like(ids[..., 0], seed)
+    for part in ids.unbind(-1):
+        lots = (lots ^ part) - 7046029254386353131
+        lots = (lots ^ (lots >> 30)) * -4658895280553007687
+        lots = (lots ^ (lots >> 27)) * -7723592293110705685
+        lots = lots ^ (lots >> 31)
+    return lots
