@@ -62,7 +62,7 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
 
     def begin(ids: Tensor, hook: Any) -> None:
         running.clear()
-        # The second is its name before transformers 5.24.
+        # transformers 5.24 has renamed it.
         cache = inputs.all.get("cache", inputs.all.get("past_key_values"))
         if cache is not None and cache.get_seq_length() > 0:
             return  # a step of generation

@@ -230,7 +230,8 @@ class Totals:
         known = self.named.get(name)
         if known is not None:
             _require_alike(name, (known, known.at), (total, total.at))
-        self.named[name] = total if known is None else known + total
+        # On the newer one's device, so that what was read from a file moves there once.
+        self.named[name] = total if known is None else total + known
 
     def state_dict(self) -> Tensors:
         """All totals as tensors; the numbers keep their order, which files do not."""
