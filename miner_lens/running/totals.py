@@ -35,7 +35,7 @@ class Total:
     @property
     def shape(self) -> tuple[int, ...]:
         """What has to be alike in each pass."""
-        return tuple(next(iter(self.parts.values())).shape[self.at :])
+        return tuple(self._main.shape[self.at :])
 
     @classmethod
     def stack(cls, by_place: dict[int, Self]) -> Self:
@@ -53,16 +53,20 @@ class Total:
 
     def is_sound(self) -> Tensor:
         """Whether all that was added is finite; it stays on its device."""
-        part, numbers = next(iter(self.parts.items()))
-        return (numbers.isfinite() | (numbers == self.nothing[part])).all()
+        nothing = next(iter(self.nothing.values()))
+        return (self._main.isfinite() | (self._main == nothing)).all()
 
     def __add__(self, other: Self) -> Self:
         others = {part: other.parts[part].to(own.device) for part, own in self.parts.items()}
         if not self.at:
             return type(self)(self._join(self.parts, others, 0))
-        length = max(len(next(iter(parts.values()))) for parts in (self.parts, others))
+        length = max(len(self._main), len(other._main))
         one, two = (self._longer(parts, length) for parts in (self.parts, others))
         return type(self)(self._join(one, two, 1), at=True)
+
+    @property
+    def _main(self) -> Tensor:
+        return self.parts[next(iter(self.nothing))]
 
     @classmethod
     def _longer(cls, parts: Tensors, length: int) -> Tensors:
