@@ -291,8 +291,8 @@ def _first(rows: Tensor, lots: Tensor, size: int) -> Tensors:
 
 def _lots(ids: Tensor, seed: int = 0) -> Tensor:
     """A well mixed number for each id [... part], the same on every machine (as SplitMix64)."""
-    lots = torch.full_like(ids[..., 0], seed)
-    for part in ids.unbind(-1):
+    lots = torch.zeros_like(ids[..., 0])
+    for part in (seed, *ids.unbind(-1)):
         lots = (lots ^ part) - 7046029254386353131
         lots = (lots ^ (lots >> 30)) * -4658895280553007687
         lots = (lots ^ (lots >> 27)) * -7723592293110705685

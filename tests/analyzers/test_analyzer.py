@@ -496,7 +496,6 @@ def test_points_that_are_not_there(small: Any) -> None:
 
 
 def test_a_point_that_is_not_passed(small: Any) -> None:
-    silent = type("Mine", (LayerZero,), {"points": lambda *_: [ml.Point("hook_embed", 0)]})()
     name = next(name for name in small.hook_dict if name.startswith("vision"))
     silent = type("Mine", (LayerZero,), {"points": lambda *_: [ml.Point(name, 0)]})()
     with pytest.raises(RuntimeError, match=f"{name} should have run 1 times in this pass, but ran"):
