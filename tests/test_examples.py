@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+ANALYZERS = ROOT / "docs" / "writing-an-analyzer.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ANALYZERS]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -23,11 +25,27 @@ def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_documented_code(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks), str(path), "exec"), {"__name__": "document"})
+    exec(compile(code_of(path), str(path), "exec"), {"__name__": "document"})
     capsys.readouterr()
+
+
+def code_of(document: Path) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    return "\n".join(blocks)
+
+
+def test_an_analyzer_takes_few_lines() -> None:
+    classes = [
+        node for node in ast.parse(code_of(ANALYZERS)).body if isinstance(node, ast.ClassDef)
+    ]
+    assert [node.name for node in classes] == ["Sparsity", "MeanByLabel", "TopTokens"]
+    for node in classes:
+        assert node.end_lineno is not None
+        assert node.end_lineno - node.lineno < 25, node.name
+    tested = ast.parse((ROOT / "tests" / "analyzers" / "own.py").read_text()).body
+    assert ast.dump(classes[0]) in map(ast.dump, tested)
 
 
 def test_local_links_lead_somewhere() -> None:
