@@ -37,7 +37,8 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
     The fingerprint hashes some thousand weights of the site and of the embedding, rounded to
     bfloat16, so that float32 and bfloat16 copies of a checkpoint have the same; float16 rounds
     once more and may have another. Offloaded weights are read from where they are. It is None
-    where weights cannot be read (on the meta device, or packed by quantization).
+    where weights cannot be read (on the meta device, packed by quantization, or inside a layer of
+    another kind).
 
     PEFT adapters are no part of it: until they are merged into the weights, a model has the
     identity of the base model that they are on, so that neurons of one can be tried in the other.
@@ -61,22 +62,23 @@ def _fingerprint(hf_model: Any, mlps: Sequence[MLP]) -> str | None:
     layers = sorted({0, len(mlps) // 2, len(mlps) - 1})
     modules = [module for n in layers for module in (mlps[n].before, mlps[n].down)]
     weights = [_weight(module) for module in (*modules, hf_model.get_input_embeddings())]
-    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+    readable = [w for w in weights if w is not None and not w.is_meta and w.is_floating_point()]
+    if len(readable) < len(weights):
         return None
     digest = hashlib.sha256()
-    for weight in weights:
+    for weight in readable:
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16)
         digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _weight(module: Any) -> Tensor:
+def _weight(module: Any) -> Tensor | None:
     """A module's weight, without adapters, also where accelerate has offloaded it."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
-    weight: Tensor = module.weight
-    if weight.is_meta:
+    weight: Tensor | None = getattr(module, "weight", None)
+    if weight is not None and weight.is_meta:
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         return weight if offloaded is None else offloaded["weight"]
     return weight

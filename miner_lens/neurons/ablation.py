@@ -269,7 +269,7 @@ class _Write:
                 index = _others(index, self.neurons.neurons)
             elif means is not None:
                 means = means[index]
-            device = layers[layer].before.weight.device
+            device = next(layers[layer].before.parameters()).device
             if device.type == "meta":
                 # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
                 device = index.device

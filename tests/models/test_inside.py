@@ -126,9 +126,13 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 def test_a_setting_made_since_stays() -> None:
-    bridge = ml.wrap(llama_model())
-    bridge.original_model.set_attn_implementation("eager")
-    assert ml.unwrap(bridge).config._attn_implementation == "eager"
+    for make, before, since in ((llama_model, "sdpa", "eager"), (vision_model, "eager", "sdpa")):
+        model = make()
+        model.set_attn_implementation(before)
+        bridge = ml.wrap(model)
+        model.set_attn_implementation(since)
+        plain = ml.unwrap(bridge)
+        assert plain.get_decoder().config._attn_implementation == since
 
 
 def test_copies_are_unwrapped_by_themselves() -> None:
@@ -284,6 +288,39 @@ def test_a_model_with_adapters_has_the_identity_of_its_base(target: str, trained
     model = with_adapters(vision_model(), target, trained)
     assert identity(model) == identity(model.get_base_model()) == before
     assert before.neurons == 48
+
+
+def test_adapters_on_offloaded_weights() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    before = identity(vision_model())
+    offloaded = accelerate.cpu_offload(vision_model())
+    assert identity(offloaded) == before
+    assert identity(with_adapters(offloaded, "mlp")).fingerprint == before.fingerprint
+
+
+class Doubled(torch.nn.Module):
+    """A layer of somebody's own, with no more attributes than it needs."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+def test_gates_of_another_kind() -> None:
+    """Neurons are counted where the down projection takes them."""
+    inputs, model, by_hand = vision_inputs(), vision_model(), vision_model()
+    for layer in model.get_decoder().layers:
+        layer.mlp.gate_proj = Doubled(layer.mlp.gate_proj)
+    for layer in by_hand.get_decoder().layers:
+        layer.mlp.gate_proj.weight.data *= 2
+    assert (identity(model).neurons, identity(model).fingerprint) == (48, None)
+    neurons = ml.NeuronSet(SOME, layers=2, neurons=48)
+    torch.testing.assert_close(
+        ablated(model, neurons, inputs), ablated(by_hand, neurons, inputs), atol=1e-5, rtol=0
+    )
 
 
 def test_merged_adapters_are_other_weights() -> None:
