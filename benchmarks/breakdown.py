@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import miner_lens as ml
 from benchmarks import measure
 from benchmarks.comparisons import Setting, workloads
 from benchmarks.measure import Workload
 from benchmarks.models import VL_2B
+from miner_lens.running import passes
+from miner_lens.running.hooks import pass_hooks
 from miner_lens.scoring import kernels
 
 LABEL = "miner_lens: "
 PYTHON = "(python and calls)"
-HOOKS = ml.ImportanceAnalyzer.hooks
 
 
 def breakdown(workload: Workload) -> dict[tuple[str, str], float]:
@@ -54,7 +54,7 @@ def _place(event: Any) -> tuple[str, str]:
 @contextmanager
 def _labelled() -> Iterator[None]:
     """Label the functions and methods of the kernels, and all hooks together."""
-    replaced: list[tuple[Any, str, Any]] = [(ml.ImportanceAnalyzer, "hooks", _hooks)]
+    replaced: list[tuple[Any, str, Any]] = [(passes, "pass_hooks", _hooks)]
     classes = [one for one in vars(kernels).values() if inspect.isclass(one)]
     for owner in (kernels, *(one for one in classes if one.__module__ == kernels.__name__)):
         for name, function in list(vars(owner).items()):
@@ -70,8 +70,8 @@ def _labelled() -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _hooks(analyzer: ml.ImportanceAnalyzer, *args: Any) -> list[Any]:
-    return [(point, _label("hooks", function)) for point, function in HOOKS(analyzer, *args)]
+def _hooks(*args: Any) -> list[Any]:
+    return [(point, _label("hooks", function)) for point, function in pass_hooks(*args)]
 
 
 def _label(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

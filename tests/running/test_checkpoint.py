@@ -329,14 +329,11 @@ class Numbers(ml.Analyzer[None]):
 
     @classmethod
     def of(cls, samples: int) -> Numbers:
-        analyzer = cls()
-        analyzer.load_state_dict(
-            {
-                "samples": torch.tensor(samples),
-                "skipped": torch.tensor(0),
-                "sum/00000//numbers": torch.arange(3.0) * samples,
-            }
-        )
+        analyzer, ids = cls(), torch.zeros(samples, 1, dtype=torch.long)
+        batch = ml.Batch({"input_ids": ids}, {"text": ids == 0}, ("name",) * samples)
+        analyzer.open(batch, None)
+        analyzer.sum("numbers", torch.arange(3.0) * samples)
+        analyzer.accept(batch)
         return analyzer
 
 
