@@ -41,11 +41,8 @@ class Batch:
     @cached_property
     def real(self) -> Bool[Tensor, "batch pos"]:
         """The tokens that are not padding."""
-        mask = self.inputs.get("attention_mask")
-        if mask is not None:
-            real: Tensor = mask.to(torch.bool)
-            return real
-        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
+        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
+        return (torch.ones_like(ids) if mask is None else mask).to(torch.bool)
 
     @cached_property
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
@@ -94,25 +91,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class TowerBatch(Batch):
-    """What one call of a tower is about; positions are a sample's rows.
+    """What one call of a tower is about; positions are a sample's rows, and its mask the real ones.
 
     Attributes:
-        rows: [sample pos], which are a sample's own; False at padding.
+        whole: The batch of the whole pass.
         spans: (sample, first row, row after the last) in the call's heap of rows.
         call: Which call of the tower in this pass it is.
-        whole: The batch of the whole pass.
     """
 
     whole: Any = None
-    rows: Any = None
     spans: tuple[tuple[int, int, int], ...] = ()
     call: int = 0
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch pos"]:
         """The rows that are not padding."""
-        real: Tensor = self.rows
-        return real
+        return next(iter(self.masks.values()))
 
 
 class TowerPass:
@@ -122,10 +116,8 @@ class TowerPass:
     of rows; here a sample's rows are put together.
     """
 
-    def __init__(self, tower: sites.Tower, hf_model: Any, batch: Batch) -> None:
-        self.tower = tower
-        self.hf_model = hf_model
-        self.batch = batch
+    def __init__(self, tower: Any, hf_model: Any, batch: Batch) -> None:
+        self.tower, self.batch = tower, batch
         try:
             self.calls = tower.calls(hf_model, batch.inputs)
         except ValueError as error:
@@ -136,10 +128,7 @@ class TowerPass:
     def of(cls, batch: Batch, hf_model: Any, site: str) -> TowerPass:
         """The one of this pass, made when it is first asked for."""
         if site not in batch.towers:
-            tower = sites.find(hf_model, site)
-            if not isinstance(tower, sites.Tower):
-                raise RuntimeError(f"{site!r} is no tower.")
-            batch.towers[site] = cls(tower, hf_model, batch)
+            batch.towers[site] = cls(sites.find(hf_model, site), hf_model, batch)
         return batch.towers[site]
 
     @property
@@ -149,47 +138,35 @@ class TowerPass:
         return {name: counts.get(name, 0) for name in self.tower.modalities}
 
     def view(self, call: int, device: torch.device) -> TowerBatch:
-        """The batch of a call, with masks on a device; made once a call, not in each layer.
+        """The batch of a call, with its mask on a device; made once a call, not in each layer.
 
         Raises:
             RuntimeError: The tower ran more often than its inputs say.
         """
         if call >= len(self.calls):
+            times = len(self.calls)
             raise RuntimeError(
-                f"The {self.tower.name} tower should have run {len(self.calls)} times in this pass."
+                f"The {self.tower.name} tower ran more than {times} times in a pass."
             )
-        return self.batch.once(
-            ("view", self.tower.name, call, device), lambda: self._view(call, device)
-        )
 
-    def _view(self, call: int, device: torch.device) -> TowerBatch:
-        spans = self.spans[call]
-        longest = max((stop - start for _, start, stop in spans), default=0)
-        rows = torch.zeros(len(self.batch.ids), longest, dtype=torch.bool)
-        for sample, start, stop in spans:
-            rows[sample, : stop - start] = self.calls[call].rows.real[start:stop]
-        rows = rows.to(device)
-        whole = self.batch
-        return TowerBatch(
-            whole.inputs,
-            {self.calls[call].modality: rows},
-            whole.ids,
-            whole.samples,
-            whole.index,
-            whole=whole,
-            rows=rows,
-            spans=spans,
-            call=call,
-        )
+        def make() -> TowerBatch:
+            whole, spans, found = self.batch, self.spans[call], self.calls[call]
+            longest = max(stop - start for _, start, stop in spans)
+            real = torch.zeros(len(whole.ids), longest, dtype=torch.bool)
+            for sample, start, stop in spans:
+                real[sample, : stop - start] = found.rows.real[start:stop]
+            described = (whole.inputs, {found.modality: real.to(device)}, whole.ids, whole.samples)
+            return TowerBatch(*described, whole.index, whole=whole, spans=spans, call=call)
+
+        return self.batch.once(("view", self.tower.name, call, device), make)
 
     def padded(self, x: Tensor, call: int) -> tuple[Tensor, TowerBatch]:
         """Each sample's rows of a call, [sample pos ...], zero where padded, and their batch."""
-        view = self.view(call, x.device)
-        heap = x.flatten(0, -2)
+        view, heap = self.view(call, x.device), x.flatten(0, -2)
         if len(view.ids) == 1:
             ((_, start, stop),) = view.spans
             return heap[None, start:stop], view
-        laid = heap.new_zeros(*view.rows.shape, heap.shape[-1])
+        laid = heap.new_zeros(*view.real.shape, heap.shape[-1])
         for sample, start, stop in view.spans:
             laid[sample, : stop - start] = heap[start:stop]
         return laid, view

@@ -23,6 +23,7 @@ class Total:
 
     kind: ClassVar[str]
     nothing: ClassVar[dict[str, float]]  # what is at a place that nothing was added to
+    combine: ClassVar[Any]
 
     def __init__(self, parts: Tensors, at: bool = False) -> None:
         self.parts, self.at = parts, at
@@ -78,41 +79,29 @@ class Total:
     @classmethod
     def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
         """Two put together; `axis` is the first after that of places."""
-        raise NotImplementedError
+        return {"value": cls.combine(one["value"], two["value"])}
 
 
 class Sum(Total):
     """Adds up, in float64 (int64 for whole numbers), so that many samples stay exact."""
 
-    kind, nothing = "sum", {"value": 0}
+    kind, nothing, combine = "sum", {"value": 0}, torch.add
 
     def settled(self) -> Self:
         """In float64 or int64."""
         return type(self)({"value": _wide(self.value)}, self.at)
 
-    @classmethod
-    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
-        return {"value": _wide(one["value"]) + _wide(two["value"])}
-
 
 class Max(Total):
     """Keeps the largest of each element."""
 
-    kind, nothing = "max", {"value": -torch.inf}
-
-    @classmethod
-    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
-        return {"value": torch.maximum(one["value"], two["value"])}
+    kind, nothing, combine = "max", {"value": -torch.inf}, torch.maximum
 
 
 class Min(Total):
     """Keeps the smallest of each element."""
 
-    kind, nothing = "min", {"value": torch.inf}
-
-    @classmethod
-    def _join(cls, one: Tensors, two: Tensors, axis: int) -> Tensors:
-        return {"value": torch.minimum(one["value"], two["value"])}
+    kind, nothing, combine = "min", {"value": torch.inf}, torch.minimum
 
 
 class Top(Total):
@@ -209,7 +198,7 @@ class Totals:
         if known is not None:
             placed = None not in by_place if first else known.at
             _require_alike(name, (known, placed), (total, at is not None))
-        by_place[at] = by_place[at] + total if at in by_place else total
+        by_place[at] = by_place[at].settled() + total.settled() if at in by_place else total
 
     def ready(self) -> dict[str, Any]:
         """What the pass has added, by name."""
@@ -292,7 +281,8 @@ def _first(rows: Tensor, lots: Tensor, size: int) -> Tensors:
 def _lots(ids: Tensor, seed: int = 0) -> Tensor:
     """A well mixed number for each id [... part], the same on every machine (as SplitMix64)."""
     lots = torch.zeros_like(ids[..., 0])
-    for part in (seed, *ids.unbind(-1)):
+    parts: list[Any] = [seed, *ids.unbind(-1)]
+    for part in parts:
         lots = (lots ^ part) - 7046029254386353131
         lots = (lots ^ (lots >> 30)) * -4658895280553007687
         lots = (lots ^ (lots >> 27)) * -7723592293110705685

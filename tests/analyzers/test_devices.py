@@ -127,8 +127,7 @@ def moved(batch: Batch, site: str, mode: FakeTensorMode, devices: tuple[str, ...
             there._made[key] = on_gpu(made, mode)
         elif isinstance(key, tuple) and key[0] == "view":
             for gpu in devices:
-                masks, rows = on_gpu([made.masks, made.rows], mode, gpu)
-                view = replace(made, masks=masks, rows=rows, whole=there)
+                view = replace(made, masks=on_gpu(made.masks, mode, gpu), whole=there)
                 there._made[*key[:-1], torch.device(gpu)] = view
     return there
 

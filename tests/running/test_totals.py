@@ -163,13 +163,18 @@ def test_equal_values_stay_by_lot() -> None:
         assert 300 < float((top.ids - shift).float().mean()) < 700  # not the first ten
 
 
-def test_sums_are_exact_where_float32_is_not() -> None:
-    whole, small = Sum({"value": torch.tensor(1e8)}), Sum({"value": torch.tensor(0.25)})
-    total = reduce(lambda a, b: a + b, [whole] + [small] * 1000)
-    assert float(total.value) == 1e8 + 250
+@pytest.mark.parametrize("passes", [1, 1000], ids=["in one pass", "in many"])
+def test_sums_are_exact_where_float32_is_not(passes: int) -> None:
     assert float(torch.tensor(1e8) + torch.tensor(0.25)) == 1e8
-    ones = Sum({"value": torch.tensor([True, False])}) + Sum({"value": torch.tensor([True, True])})
-    assert ones.value.tolist() == [2, 1]
+    totals = Totals()
+    for number in range(1001):
+        totals.add("x", Sum({"value": torch.tensor(0.25 if number else 1e8)}))
+        totals.add("flags", Sum({"value": torch.tensor([True, False])}))
+        if passes > 1:
+            totals.fold()
+    totals.fold()
+    assert float(totals.named["x"].value) == 1e8 + 250
+    assert totals.named["flags"].value.tolist() == [1001, 0]
 
 
 @pytest.mark.parametrize("ids", ["consecutive", "places", "far"])
