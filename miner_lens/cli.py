@@ -46,7 +46,7 @@ def info(model: Model) -> None:
 
     from miner_lens.models import access as models
     from miner_lens.models import sites
-    from miner_lens.models.bridge import hf_model_of
+    from miner_lens.models.inside import hf_model_of
 
     bridge = _load(model)
     with _clear_errors():

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from miner_lens.models import sites
-from miner_lens.models.bridge import hf_model_of
+from miner_lens.models.inside import hf_model_of
 from miner_lens.running.batch import Batch, TowerBatch, TowerPass
 from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from miner_lens.models.inside import bare, model_name, retire
-from miner_lens.models.inside import hf_model_of as hf_model_of
-from miner_lens.models.inside import is_bridge as is_bridge
+from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.modality import layout_for
 from miner_lens.models.sites import ACTIVATION_NAMES
 

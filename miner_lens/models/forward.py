@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from miner_lens.models import attention
-from miner_lens.models.bridge import hf_model_of
 from miner_lens.models.generation import Inputs
+from miner_lens.models.inside import hf_model_of, uncompiled
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """No dropout, and fused attention; the model's own settings come back afterwards."""
+    """No dropout, fused attention, and no compiled code, which passes hooks by.
+
+    The model's own settings come back afterwards.
+    """
     hf_model = hf_model_of(model)
     training = [module for module in hf_model.modules() if module.training]
     hf_model.eval()
     try:
-        with attention.fused(attention.attentions_of(model)):
+        with attention.fused(attention.attentions_of(model)), uncompiled():
             yield
     finally:
         for module in training:

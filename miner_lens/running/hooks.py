@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import hf_model_of, pass_inputs, prepare
+from miner_lens.models.bridge import pass_inputs, prepare
+from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch
 

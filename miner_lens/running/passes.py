@@ -9,8 +9,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from miner_lens.data.sample import SampleError
-from miner_lens.models.bridge import hf_model_of
 from miner_lens.models.forward import one_logit
+from miner_lens.models.inside import hf_model_of
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch
 from miner_lens.running.batches import Item, Sampler, make_batch

@@ -15,9 +15,10 @@ from miner_lens.data.items import signature
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
 from miner_lens.models.access import identity
-from miner_lens.models.bridge import is_bridge, prepare
+from miner_lens.models.bridge import prepare
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
+from miner_lens.models.inside import bare, is_bridge
 from miner_lens.models.modality import Masks
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batches import BatchSize, Sampler, ahead
@@ -82,6 +83,7 @@ def run(
         SampleError: A sample is unusable and `on_error="raise"`.
         RankError: Another process has stopped.
     """
+    model = bare(model)
     _check_arguments(model, analyzers, batch_size, on_error)
     prepare(model)
     for analyzer in analyzers:

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import sites
-from miner_lens.models.bridge import hf_model_of
+from miner_lens.models.inside import hf_model_of
 from miner_lens.report import plots
 from tests import towers
 from tests.scoring.test_kernels import twin
