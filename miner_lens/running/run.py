@@ -25,7 +25,7 @@ from miner_lens.running.batches import BatchSize, Sampler, ahead
 from miner_lens.running.checkpoint import Checkpoint, Record
 from miner_lens.running.distributed import RankError, Ranks, joined
 from miner_lens.running.passes import OnError, Passes
-from miner_lens.running.shards import Items, OtherDataError, Shard
+from miner_lens.running.shards import Items, Shard
 
 Prepared = tuple[Inputs, Masks]
 Data = Iterable[Sample] | Iterable[Prepared] | Mapping[str, Iterable[Sample]]
@@ -133,11 +133,6 @@ def run(
                     record.limit = sampler.limit
                     write()
                     show()
-        except OtherDataError as error:
-            raise ValueError(
-                f"{checkpoint} was written over other data: {error} Give the same data in the same "
-                "order, or another folder."
-            ) from error
         except RankError:
             write(finished=True)
             raise

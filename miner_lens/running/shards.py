@@ -16,9 +16,10 @@ from miner_lens.data.items import item_of, signature
 # Items that are done are looked up again to compare them; where each look-up makes one, so many.
 SPOT_CHECKS = 1_000
 
-
-class OtherDataError(ValueError):
-    """The data are not the ones that were begun with."""
+OTHER_DATA = (
+    "The checkpoint was written over other data: now {what}. Give the same data in the same order, "
+    "or another folder."
+)
 
 
 class Items:
@@ -87,7 +88,7 @@ class Shard:
         """The items of each unit that are not done, by number.
 
         Raises:
-            OtherDataError: What is done was done with other data.
+            ValueError: What is done was done with other data.
         """
         if self._items.indexed:
             self._pass_over(range(self._items.length or 0), self._items.look_up)
@@ -98,9 +99,7 @@ class Shard:
             if unit % self._world_size == self._rank and len(done) < len(numbers):
                 yield {number: look_up(number) for number in numbers if number not in done}
         if not self.checked:
-            raise OtherDataError(
-                f"{len(self._numbers)} items are done, but only {self._passed} of them are there."
-            )
+            raise ValueError(OTHER_DATA.format(what=f"it has only {self._passed} items"))
 
     def _places(self, numbers: range) -> slice:
         """Where among the items that are done those of a range of numbers are."""
@@ -112,5 +111,5 @@ class Shard:
         for place in range(places.start, places.stop, self._step):
             number = int(self._numbers[place])
             if signature(look_up(number)) != int(self._signatures[place]):
-                raise OtherDataError(f"item {number} is another one now.")
+                raise ValueError(OTHER_DATA.format(what=f"item {number} is another"))
         self._passed = places.stop
