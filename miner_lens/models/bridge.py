@@ -73,6 +73,20 @@ def wrap(
     return prepare(bridge)
 
 
+def prepared_bridge(model: Any) -> Any:
+    """The bridge inside any wrappers, with the hook points that mining needs.
+
+    Raises:
+        ValueError: There is no bridge inside.
+    """
+    bridge = bare(model)
+    if not is_bridge(bridge):
+        raise ValueError(
+            f"A TransformerBridge is needed, not {type(bridge).__name__}: use ml.wrap(model)."
+        )
+    return prepare(bridge)
+
+
 def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
     """Take the plain Hugging Face model out of its bridge again, as it was before.
 

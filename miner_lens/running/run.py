@@ -15,10 +15,10 @@ from miner_lens.data.items import signature
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
 from miner_lens.models.access import identity
-from miner_lens.models.bridge import prepare
+from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
-from miner_lens.models.inside import bare, is_bridge
+from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.modality import Masks
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batches import BatchSize, Sampler, ahead
@@ -83,16 +83,16 @@ def run(
         SampleError: A sample is unusable and `on_error="raise"`.
         RankError: Another process has stopped.
     """
-    model = bare(model)
-    _check_arguments(model, analyzers, batch_size, on_error)
-    prepare(model)
-    for analyzer in analyzers:
-        analyzer.begin(model)
-    sampler = Sampler(batch_size, input_device(model))
+    _check_arguments(analyzers, batch_size, on_error)
+    model = prepared_bridge(model)
+    device, who = input_device(model), identity(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
-    passes = Passes(model, analyzers, on_error, sampler)
-    with joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
-        settings = _settings(model, analyzers, batch_size, on_error)
+    with evaluating(model), joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
+        for analyzer in analyzers:
+            analyzer.begin(model)
+        sampler = Sampler(batch_size, device)
+        passes = Passes(model, analyzers, on_error, sampler)
+        settings = _settings(who, analyzers, batch_size, on_error)
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
         _require_same(ranks, settings, items)
@@ -124,7 +124,6 @@ def run(
             if kept is not None and kept.is_due(record, finished) and shard.checked:
                 kept.write(record, analyzers)
 
-        stack.enter_context(evaluating(model))
         try:
             show()
             with closing(ahead(shard, passes.prepare)) as units:
@@ -154,11 +153,11 @@ def run(
 
 
 def _settings(
-    model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
+    model: ModelIdentity, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
 ) -> dict[str, Any]:
     """What must be the same when a run is continued."""
     kinds = [[type(one).__name__, one.settings] for one in analyzers]
-    who = identity(model).to_dict()
+    who = model.to_dict()
     settings = {"model": who, "analyzers": kinds, "batch_size": batch_size, "on_error": on_error}
     as_read: dict[str, Any] = json.loads(json.dumps(settings))
     return as_read
@@ -198,13 +197,7 @@ def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
                 )
 
 
-def _check_arguments(
-    model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
-) -> None:
-    if not is_bridge(model):
-        raise ValueError(
-            f"run needs a TransformerBridge, got {type(model).__name__}: use ml.wrap(model)."
-        )
+def _check_arguments(analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str) -> None:
     if not analyzers:
         raise ValueError("run needs at least one analyzer, such as ml.ImportanceAnalyzer().")
     if len({id(analyzer) for analyzer in analyzers}) < len(analyzers):
