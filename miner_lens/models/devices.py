@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
+
+from miner_lens.launchers import local_rank
 
 
 def default_device() -> torch.device:
@@ -18,11 +18,3 @@ def default_device() -> torch.device:
     if rank is None:
         return accelerator
     return torch.device(accelerator.type, rank % torch.accelerator.device_count())
-
-
-def local_rank() -> int | None:
-    """Which of a launcher's processes on this host this is; None without a launcher."""
-    if "LOCAL_RANK" in os.environ:
-        return int(os.environ["LOCAL_RANK"])
-    # In a batch script, which is no step, it says nothing.
-    return int(os.environ.get("SLURM_LOCALID", 0)) if "SLURM_STEP_NUM_TASKS" in os.environ else None

@@ -18,9 +18,8 @@ import pytest
 import torch
 
 import miner_lens as ml
-from miner_lens import files
-from miner_lens.models import devices
-from miner_lens.running import distributed, launchers
+from miner_lens import files, launchers
+from miner_lens.running import distributed
 from miner_lens.running.checkpoint import KIND
 from tests.running.test_checkpoint import ONE_THREAD, ROOT
 
@@ -310,10 +309,10 @@ def test_rank_without_a_meeting_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_RANK", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    assert devices.local_rank() is None
+    assert launchers.local_rank() is None
     monkeypatch.setenv("SLURM_LOCALID", "2")
-    assert devices.local_rank() is None
+    assert launchers.local_rank() is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert devices.local_rank() == 2
+    assert launchers.local_rank() == 2
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert devices.local_rank() == 1
+    assert launchers.local_rank() == 1

@@ -52,3 +52,11 @@ def first_host(nodes: str) -> str:
             f"No host can be read from the SLURM node list {nodes!r}; set MASTER_ADDR."
         )
     return "".join(part or "" for part in match.groups())
+
+
+def local_rank() -> int | None:
+    """Which of a launcher's processes on this host this is; None without a launcher."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    # In a batch script, which is no step, it says nothing.
+    return int(os.environ.get("SLURM_LOCALID", 0)) if "SLURM_STEP_NUM_TASKS" in os.environ else None
