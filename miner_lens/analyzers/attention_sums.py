@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from miner_lens.models import sites
-from miner_lens.models.inside import hf_model_of
 from miner_lens.running.batch import Batch, TowerBatch, TowerPass
 from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
@@ -37,7 +36,7 @@ class AttentionSums:
 
     def hooks(self, model: Any, running: Running) -> list[Hook]:
         """Hooks on queries and keys, or on what they are made of."""
-        hf_model = hf_model_of(model)
+        hf_model = model.original_model
         site = sites.find(hf_model, self.site)
         layers = range(len(site.mlps(hf_model)))
         hooks: list[Hook] = []

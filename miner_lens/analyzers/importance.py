@@ -105,28 +105,23 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         parts: list[tuple[int, ...]] | None,
     ) -> None:
         raw = kernels.statistics(x, sums, masks, parts)
-        scores, means = kernels.normalise(raw, masks).sum(0), raw[:, MEAN].sum(0)
+        # The normalised metrics, and last the mean as it is: [metric modality neuron].
+        kept = torch.cat([kernels.normalise(raw, masks).sum(0), raw[:, MEAN].sum(0)[None]])
         for index, modality in enumerate(modalities):
-            self.sum(f"{modality}.scores", scores[:, index], at=point.layer)
-            self.sum(f"{modality}.means", means[index], at=point.layer)
+            self.sum(modality, kept[:, index], at=point.layer)
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0."""
         if self.samples == 0 or self.identity is None:
             raise ValueError("No sample has been seen, so there are no scores.")
-        counts, shape = self.occurrences, (self.identity.layers, self.identity.neurons)
-        none = {"scores": torch.zeros(*shape[:1], len(kernels.METRICS), shape[1])}
-        none["means"] = torch.zeros(shape)
-        found = {
-            (name, what): (self[f"{name}.{what}"] if f"{name}.{what}" in self else none[what]).cpu()
-            for name in counts
-            for what in ("scores", "means")
-        }
-        # [layer metric neuron] each, as they were seen.
-        scores = [found[name, "scores"].transpose(0, 1) / self.samples for name in counts]
-        means = [found[name, "means"] / max(1, count) for name, count in counts.items()]
+        counts, layers, neurons = self.occurrences, self.identity.layers, self.identity.neurons
+        none = torch.zeros(layers, len(kernels.METRICS) + 1, neurons)
+        # [modality layer metric neuron], as `_add_scores` has kept them.
+        sums = torch.stack([(self[name] if counts[name] else none).cpu() for name in counts])
+        scores = sums[:, :, :-1].permute(2, 0, 1, 3) / self.samples
+        means = [total[:, -1] / max(1, n) for total, n in zip(sums, counts.values(), strict=True)]
         return ImportanceScores(
-            torch.stack(scores, dim=1).float(),
+            scores.float(),
             tuple(counts),
             samples=self.samples,
             occurrences=tuple(counts.values()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -219,8 +220,14 @@ def plain(module: Any) -> Any:
 
 def sites(hf_model: Any) -> dict[str, Site]:
     """The sites of a Hugging Face model by name: `llm`, and its family's towers."""
-    found: dict[str, Site] = {"llm": Decoder()}
-    for entry in entry_points(group=ENTRY_POINTS, name=type(hf_model).__name__):
+    return {"llm": Decoder()} | _towers(type(hf_model).__name__)
+
+
+@cache
+def _towers(architecture: str) -> dict[str, Site]:
+    """A family's towers; looked up once, as going through all installed packages takes long."""
+    found: dict[str, Site] = {}
+    for entry in entry_points(group=ENTRY_POINTS, name=architecture):
         towers: Sequence[Site] = entry.load()()
         found |= {tower.name: tower for tower in towers}
     return found

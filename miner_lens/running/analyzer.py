@@ -144,7 +144,7 @@ class Analyzer(ABC, Generic[R]):
             ValueError: Rows without ids are not one for each sample.
         """
         if ids is None:
-            ids = torch.tensor(self._batch.index)
+            ids = self._index
             if len(ids) != len(rows):
                 raise ValueError(
                     f"keep({name!r}) was given {len(rows)} rows for {len(ids)} samples and no ids. "
@@ -251,7 +251,7 @@ class Analyzer(ABC, Generic[R]):
         Raises:
             SampleError: The media do not fit the placeholders.
         """
-        self._batch = batch
+        self._index = torch.tensor(batch.index)
         for site in {self.site, *(point.site for point in self._points)} - {"llm"}:
             TowerPass.of(batch, hf_model, site)
         self._totals.forget()

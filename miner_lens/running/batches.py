@@ -33,19 +33,12 @@ TOKENS = {"cpu": 2_048, "accelerator": 16_384}
 
 @dataclass(frozen=True)
 class Item:
-    """One item of the data on its way to the model.
-
-    Attributes:
-        number: Its place in the data.
-        value: A sample or a prepared pair.
-        inputs: A sample's model inputs, on the CPU.
-        error: Why it has none.
-    """
+    """One item of the data on its way to the model."""
 
     number: int
-    value: Any
-    inputs: Inputs | None = None
-    error: SampleError | None = None
+    value: Any  # a sample or a prepared pair
+    inputs: Inputs | None = None  # a sample's, on the CPU
+    error: SampleError | None = None  # why it has none
 
     @classmethod
     def prepared(cls, model: Any, number: int, value: Any) -> Item:
@@ -74,16 +67,12 @@ class Sampler:
 
     What goes together depends on the items of a unit and the limit alone, never on what was run
     before, so a run that was stopped goes on with the same passes.
-
-    Attributes:
-        size: Consecutive items in a unit.
-        limit: The most tokens in a pass, padding included, where samples of like length are put
-            together (a longer sample is a pass by itself); None to put a unit's together.
     """
 
     def __init__(self, batch_size: BatchSize, device: torch.device) -> None:
         auto = batch_size == "auto"
-        self.size = WINDOW if auto else int(batch_size)
+        self.size = WINDOW if auto else int(batch_size)  # of a unit
+        # Tokens in a pass, padding included; a longer sample is a pass by itself.
         self.limit = TOKENS.get(device.type, TOKENS["accelerator"]) if auto else None
 
     def arrange(self, items: Sequence[Item]) -> list[Item]:

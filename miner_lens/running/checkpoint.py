@@ -64,13 +64,8 @@ class Record:
 class Checkpoint:
     """The files of a run in a folder that all its processes share.
 
-    Args:
-        folder: Where the files are; made if needed.
-        rank: Which process this is.
-        world_size: How many there are.
-        seconds: The time between two writes; 0 writes after each unit.
-        samples: Write also after so many samples.
-        settings: What must be the same for a run to be continued, as JSON can hold it.
+    A process writes after so many seconds (0: after each unit) or samples. The settings, which JSON
+    can hold, must be the same for a run to be continued.
     """
 
     def __init__(

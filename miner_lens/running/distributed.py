@@ -35,21 +35,13 @@ class RankError(RuntimeError):
 
 @dataclass
 class Ranks:
-    """The processes of one run.
-
-    Attributes:
-        rank: Which process this is.
-        world_size: How many there are.
-        store: A key-value store of this run alone; None for a single process.
-        group: The gloo group of this run.
-        advice: What an error says last, such as how to continue.
-    """
+    """The processes of one run, and which of them this is."""
 
     rank: int = 0
     world_size: int = 1
-    store: Any = None
-    group: Any = None
-    advice: str = ""
+    store: Any = None  # for keys of this run alone
+    group: Any = None  # of gloo
+    advice: str = ""  # what an error says last
     _told: float = -float("inf")
     _own: tuple[int, int] = (0, 0)
     _all: tuple[int, int] = (0, 0)
@@ -72,11 +64,7 @@ class Ranks:
         return self.gather(value if self.rank == 0 else None)[0]
 
     def gather(self, value: Any, meanwhile: Callable[[], object] = lambda: None) -> list[Any]:
-        """Every rank's value, which JSON can hold, on every rank.
-
-        Args:
-            value: This rank's.
-            meanwhile: Called now and then while waiting for the others.
+        """Every rank's value, which JSON can hold, on every rank; meanwhile, `meanwhile` is called.
 
         Raises:
             RankError: Another rank has stopped.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from miner_lens.models.access import layout
 from miner_lens.models.bridge import pass_inputs, prepare
-from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch
 
@@ -71,7 +70,7 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
         given = inputs.all | {"input_ids": ids, "attention_mask": real}
         index = tuple(range(analyzer.samples, analyzer.samples + len(ids)))
         batch = Batch(given, known.masks(ids, real), tuple(map(str, range(len(ids)))), index=index)
-        analyzer.open(batch, hf_model_of(model))
+        analyzer.open(batch, model.original_model)
         running.append(batch)
 
     def end(residual: Tensor, hook: Any) -> None:

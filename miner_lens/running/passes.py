@@ -20,14 +20,7 @@ OnError = Literal["raise", "skip"]
 
 
 class Passes:
-    """Passes over units of the data, with analyzers reading along.
-
-    Args:
-        model: A `TransformerBridge`.
-        analyzers: They read along.
-        on_error: What to do with a sample that cannot be used.
-        sampler: Says which items go together.
-    """
+    """Passes over units of the data, with analyzers reading along."""
 
     def __init__(
         self, model: Any, analyzers: tuple[Analyzer[Any], ...], on_error: OnError, sampler: Sampler

@@ -61,14 +61,8 @@ class Shard:
     """One rank's units of the data: unit u is rank u modulo world_size's.
 
     So what goes through the model together depends on the data and the unit's size alone, never on
-    how many ranks there are. What is done is compared with what it was, and passed over.
-
-    Args:
-        items: The data.
-        size: Items in a unit.
-        rank: Whose shard.
-        world_size: How many ranks there are.
-        done: The items that are done, whoever has done them, and their signatures.
+    how many ranks there are. What is done, whoever has done it, is given by number and signature;
+    it is compared with the data and passed over.
     """
 
     def __init__(

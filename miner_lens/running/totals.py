@@ -36,7 +36,7 @@ class Total:
     @property
     def shape(self) -> tuple[int, ...]:
         """What has to be alike in each pass."""
-        return tuple(self._main.shape[self.at :])
+        return self._main.shape[self.at :]
 
     @classmethod
     def stack(cls, by_place: dict[int, Self]) -> Self:
@@ -54,8 +54,8 @@ class Total:
 
     def is_sound(self) -> Tensor:
         """Whether all that was added is finite; it stays on its device."""
-        nothing = next(iter(self.nothing.values()))
-        return (self._main.isfinite() | (self._main == nothing)).all()
+        nothing, finite = next(iter(self.nothing.values())), self._main.isfinite()
+        return (finite if nothing == 0 else finite | (self._main == nothing)).all()
 
     def __add__(self, other: Self) -> Self:
         others = {part: other.parts[part].to(own.device) for part, own in self.parts.items()}
