@@ -22,13 +22,9 @@ Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 
 # batch_size="auto" packs so many consecutive samples: enough to find company of the same length,
-# few enough to hold opened images of.
-WINDOW = 32
-# How much of a sample's row may be padding.
-PADDING = 0.25
-# How many tokens it begins with in a pass, padding included: a device is busy then, and more would
-# only take memory.
-TOKENS = {"cpu": 2_048, "accelerator": 16_384}
+# few enough to hold opened images of. So much of a row may be padding. So many tokens keep a device
+# busy; more would only take memory.
+WINDOW, PADDING, TOKENS = 32, 0.25, {"cpu": 2_048, "accelerator": 16_384}
 
 
 @dataclass(frozen=True)
@@ -119,18 +115,17 @@ def ahead(
     with ThreadPoolExecutor(1, thread_name_prefix="miner-lens-prepare") as pool:
 
         def begin() -> Future[tuple[Thing, Made]]:
-            future: Future[Any] = Future()
             try:
                 item = next(source)
             except Exception as error:
-                future.set_exception(error)
-                return future
+                (failed := Future[Any]()).set_exception(error)
+                return failed
             return pool.submit(lambda: (item, prepare(item)))
 
-        future = begin()
+        following = begin()
         with suppress(StopIteration):
             while True:
-                this, future = future, begin()
+                this, following = following, begin()
                 yield this.result()
 
 
@@ -138,8 +133,7 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     """What the model is given for some samples, or for one prepared pair.
 
     Raises:
-        SampleError: A sample cannot be read.
-        ValueError: A pair is malformed.
+        ValueError: A pair is malformed, or (`SampleError`) a sample cannot be read.
     """
     first = items[0]
     if first.error is not None:

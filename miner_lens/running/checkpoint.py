@@ -120,8 +120,7 @@ class Checkpoint:
                     warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
                 else:
                     records[path.name] = self._parse(*content)[0]
-        found: dict[str, list[int]] = {}
-        seen: set[int] = set()
+        found, seen = dict[str, list[int]](), set[int]()
         for name, record in sorted(records.items(), key=lambda one: -len(one[1])):
             if seen.isdisjoint(record.items[::2]):
                 found[name] = record.items.tolist()
@@ -131,8 +130,7 @@ class Checkpoint:
     def load(self, found: dict[str, list[int]], analyzers: Sequence[Any]) -> Record:
         """Merge into new analyzers what this process's file holds.
 
-        Rank 0 takes over the files of runs with another number of ranks as well; its next write
-        replaces them.
+        Rank 0 takes over the files of other numbers of ranks as well; its next write replaces them.
 
         Raises:
             ValueError: A file has changed since `survey` has read it.
@@ -145,10 +143,8 @@ class Checkpoint:
             record, states = self._parse(*files.read(self.folder / name, KIND))
             if record.items.tolist() != found[name]:
                 # Merged with what will be computed, some samples would count twice.
-                raise ValueError(
-                    f"{self.folder / name} was written by another process a moment ago. Start this "
-                    "run again, alone."
-                )
+                text = "was written by another process a moment ago. Start this run again, alone."
+                raise ValueError(f"{self.folder / name} {text}")
             total.items += record.items
             total.skipped += record.skipped
             total.limit = min(filter(None, (total.limit, record.limit)), default=None)

@@ -1,7 +1,7 @@
 """Several processes that share one run, over torch.distributed.
 
-The launcher (torchrun, accelerate, srun) notices a rank that dies and ends the others; without one,
-torch.distributed does when its connection closes or its time-out has passed.
+The launcher notices a rank that dies and ends the others; without one, torch.distributed does when
+its connection closes or its time-out has passed.
 """
 
 from __future__ import annotations
@@ -59,10 +59,6 @@ class Ranks:
             self._own, self._told = (items, skipped), time.monotonic()
         return self._all
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, which JSON can hold."""
-        return self.gather(value if self.rank == 0 else None)[0]
-
     def gather(self, value: Any, meanwhile: Callable[[], object] = lambda: None) -> list[Any]:
         """Every rank's value, which JSON can hold, on every rank; meanwhile, `meanwhile` is called.
 
@@ -98,7 +94,7 @@ class Ranks:
             while not work.is_completed():
                 meanwhile()
                 time.sleep(0.01)
-            work.wait()
+            work.wait()  # raises what went wrong
         return found
 
     @contextmanager
@@ -108,10 +104,8 @@ class Ranks:
         except RankError:
             raise
         except RuntimeError as error:
-            raise RankError(
-                f"Another rank of {self.world_size} has stopped; its output, or the launcher's, "
-                f"says why. {self.advice}"
-            ) from error
+            text = "has stopped; its output, or the launcher's, says why."
+            raise RankError(f"Another rank of {self.world_size} {text} {self.advice}") from error
 
 
 def _bytes(data: bytes) -> Tensor:
@@ -124,10 +118,7 @@ def joined(advice: str) -> Iterator[Ranks]:
 
     They are those of an initialised process group, or those that the launcher's environment tells
     of (`RANK` and `WORLD_SIZE`, or a SLURM step); otherwise this process is alone. A group made
-    here is destroyed here.
-
-    Args:
-        advice: What errors say last, such as how to continue.
+    here is destroyed here. Errors end with the advice.
     """
     theirs = distributed.is_available() and distributed.is_initialized()
     if theirs:
@@ -161,10 +152,4 @@ def joined(advice: str) -> Iterator[Ranks]:
 def _store(rank: int, world_size: int, host: str, port: int) -> Any:
     """Kept for the life of the process: a second run could not bind the port again at once."""
     url = f"tcp://{host}:{port}?rank={rank}&world_size={world_size}"
-    try:
-        store, _, _ = next(iter(_c10d.rendezvous(url)))
-    except distributed.DistError as error:
-        raise RankError(
-            f"Rank {rank} of {world_size} could not meet the others at {host}:{port}: {error}"
-        ) from error
-    return store
+    return next(iter(_c10d.rendezvous(url)))[0]

@@ -50,10 +50,9 @@ class Passes:
         return skipped
 
     def _attempt(self, items: Sequence[Item]) -> int | None:
-        """Run items together, or one by one where that fails and may.
+        """Run items together, or one by one where that fails and may; how many were skipped.
 
-        Returns:
-            How many were skipped; None if memory ran out and less is to be tried.
+        It is None if memory ran out and less is to be tried.
         """
         try:
             batch = make_batch(self.model, items)
@@ -78,11 +77,7 @@ class Passes:
 
 
 def forward(model: Any, batch: Batch, analyzers: Sequence[Analyzer[Any]]) -> None:
-    """One pass, prefill only, with analyzers reading along.
-
-    Raises:
-        SampleError: The model refuses a sample.
-    """
+    """One pass, prefill only, with analyzers reading along; SampleError if the model refuses."""
     hf_model = hf_model_of(model)
     for analyzer in analyzers:
         analyzer.open(batch, hf_model)

@@ -87,7 +87,10 @@ def run(
     model = prepared_bridge(model)
     device, who = input_device(model), identity(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
-    with evaluating(model), joined(_advice(checkpoint)) as ranks, ExitStack() as stack:
+    advice = f"Start it again to continue from {checkpoint}, with any number of processes."
+    if checkpoint is None:
+        advice = "Nothing was kept: with checkpoint='folder' the next run would continue."
+    with evaluating(model), joined(advice) as ranks, ExitStack() as stack:
         for analyzer in analyzers:
             analyzer.begin(model)
         sampler = Sampler(batch_size, device)
@@ -102,16 +105,15 @@ def run(
             kept = Checkpoint(checkpoint, ranks.rank, ranks.world_size, *every, settings)
             if ranks.rank == 0:
                 stack.enter_context(kept.reserved())
-            found = ranks.broadcast(kept.survey() if ranks.rank == 0 else None)
+            found = ranks.gather(kept.survey() if ranks.rank == 0 else None)[0]
             record = kept.load(found, analyzers)
             done = [number for one in found.values() for number in one]
         sampler.limit = record.limit or sampler.limit
         pairs = torch.tensor(done, dtype=torch.long).reshape(-1, 2)
         shard = Shard(items, sampler.size, ranks.rank, ranks.world_size, pairs)
-        hidden = not progress or ranks.rank > 0
-        bar = stack.enter_context(
-            tqdm(total=items.length, initial=len(pairs), unit=" samples", disable=hidden)
-        )
+        shown = progress and ranks.rank == 0
+        bar = tqdm(total=items.length, initial=len(pairs), unit=" samples", disable=not shown)
+        stack.enter_context(bar)
 
         def show(counts: tuple[int, int] | None = None) -> None:
             seen, skipped = counts or ranks.progress(len(record), record.skipped)
@@ -139,10 +141,9 @@ def run(
         counts = ranks.gather([len(record), record.skipped], show)
         seen, skipped = (sum(one) for one in zip(*counts, strict=True))
         show((seen, skipped))
-        if seen == 0:
-            raise ValueError("There is no data: the iterable of samples is empty.")
         if skipped == seen:
-            raise ValueError(f"None of the {seen} samples could be used; all were skipped.")
+            none = f"None of the {seen} samples could be used; all were skipped."
+            raise ValueError(none if seen else "There is no data: the iterable is empty.")
         for states in ranks.states(analyzers):
             for analyzer, state in zip(analyzers, states, strict=True):
                 analyzer.merge_state_dict(state)
@@ -157,26 +158,16 @@ def _settings(
 ) -> dict[str, Any]:
     """What must be the same when a run is continued."""
     kinds = [[type(one).__name__, one.settings] for one in analyzers]
-    who = model.to_dict()
-    settings = {"model": who, "analyzers": kinds, "batch_size": batch_size, "on_error": on_error}
-    as_read: dict[str, Any] = json.loads(json.dumps(settings))
-    return as_read
-
-
-def _advice(checkpoint: str | Path | None) -> str:
-    """What an error says about going on."""
-    if checkpoint is None:
-        return "Nothing was kept: with checkpoint='folder' the next run would continue."
-    return f"Start it again to continue from {checkpoint}, with any number of processes."
+    how = {"batch_size": batch_size, "on_error": on_error}
+    return dict(json.loads(json.dumps({"model": model.to_dict(), "analyzers": kinds} | how)))
 
 
 def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:
     for analyzer in analyzers:
         if analyzer.samples or analyzer.skipped:
             raise ValueError(
-                f"This {type(analyzer).__name__} has seen {analyzer.samples} samples already. With "
-                "a checkpoint or several processes they would count again each time: give a new "
-                "one, and add the two (a + b) afterwards."
+                f"This {type(analyzer).__name__} has seen {analyzer.samples} samples already, and "
+                "they would count again: give a new one, and add the two (a + b) afterwards."
             )
 
 
@@ -188,12 +179,12 @@ def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
     some = [signature(items.look_up(one)) for one in few if items.indexed and items.length]
     mine = {"settings": settings, "samples": items.length, "some samples": some}
     for rank, theirs in enumerate(ranks.gather(mine)):
-        for what, value in theirs.items():
-            if value != mine[what]:
+        for what in mine:
+            if theirs[what] != mine[what]:
+                values = f"{mine[what]} and {theirs[what]}"
                 raise ValueError(
-                    f"Ranks {ranks.rank} and {rank} differ in {what}: {mine[what]} and {value}. "
-                    "Give all processes the same model, the same data in the same order, and the "
-                    "same settings."
+                    f"Ranks {ranks.rank} and {rank} differ in {what}: {values}. Give all processes "
+                    "the same model, settings, and data in the same order."
                 )
 
 

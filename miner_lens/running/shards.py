@@ -70,12 +70,11 @@ class Shard:
     ) -> None:
         self._items, self._size, self._rank, self._world_size = items, size, rank, world_size
         self._numbers, self._signatures = done[done[:, 0].argsort()].T.contiguous()
-        self._step = 1 if items.free else max(1, len(done) // SPOT_CHECKS)
-        self._passed = 0
+        self._passed, self._step = 0, 1 if items.free else max(1, len(done) // SPOT_CHECKS)
 
     @property
     def checked(self) -> bool:
-        """Whether all that is done has been passed over, and was the same data."""
+        """Whether all that is done has been passed over, and is the same now."""
         return self._passed == len(self._numbers)
 
     def __iter__(self) -> Iterator[dict[int, Any]]:
