@@ -248,7 +248,7 @@ def _require_alike(name: str, known: tuple[Total, bool], new: tuple[Total, bool]
     before, now = ((total.kind, total.shape, at) for total, at in (known, new))
     if before != now:
         was, given = (
-            f"{kind} of shape {shape} {'with' if at else 'without'} at="
+            f"{kind} of shape {tuple(shape)} {'with' if at else 'without'} at="
             for kind, shape, at in (before, now)
         )
         raise ValueError(
