@@ -193,6 +193,35 @@ def test_each_kind_against_its_definition(shapes: Any, samples: list[ml.Sample])
         close(found, analyzers[1].result(), atol=1e-4)
 
 
+class Places(ml.Analyzer[Tensor]):
+    """Every token's place and its id."""
+
+    def points(self, model: Any) -> list[ml.Point]:
+        return ml.activation_points(model)[:1]
+
+    def see(self, x: Tensor, point: ml.Point, batch: ml.Batch) -> None:
+        tokens = batch.inputs["input_ids"][batch.real][:, None]
+        places = batch.places[batch.real]
+        self.keep("tokens", torch.cat([places, tokens], -1), at_most=10_000, ids=places)
+
+    def result(self) -> Tensor:
+        found: Tensor = self["tokens"]
+        return found
+
+
+def test_places_are_those_of_tokens_without_padding(shapes: Any, samples: list[ml.Sample]) -> None:
+    prompts = [ml.inputs(shapes, sample.messages)["input"][0] for sample in samples]
+    expected = {
+        (index, place, token)
+        for index, prompt in enumerate(prompts)
+        for place, token in enumerate(prompt.tolist())
+    }
+    for batch_size in (1, 7, "auto"):
+        found = run(shapes, samples, Places(), batch_size=batch_size).tolist()
+        assert len(found) == len(expected)
+        assert set(map(tuple, found)) == expected
+
+
 class Labelled(ml.Analyzer[dict[str, Tensor]]):
     def points(self, model: Any) -> list[ml.Point]:
         return ml.activation_points(model)[:1]
