@@ -63,10 +63,10 @@ class Analyzer(ABC, Generic[R]):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make its state, so that a subclass's `__init__` need not call this one's."""
-        analyzer = super().__new__(cls)
-        analyzer._totals, analyzer._counts = Totals(), Totals()
-        analyzer._points = tuple[Point, ...]()
-        return analyzer
+        self = super().__new__(cls)
+        self._totals, self._counts = Totals(), Totals()
+        self._points = tuple[Point, ...]()
+        return self
 
     def __init__(self, site: str = "llm") -> None:
         self.site = site
