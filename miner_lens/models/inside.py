@@ -30,7 +30,8 @@ def bare(model: Any) -> Any:
 
 def is_bridge(model: Any) -> bool:
     """Whether this is a `TransformerBridge` rather than a plain Hugging Face model."""
-    return hasattr(model, "original_model") and hasattr(model, "hook_dict")
+    # Asked of the class: of the bridge itself, hook_dict is gathered from all modules each time.
+    return hasattr(model, "original_model") and hasattr(type(model), "hook_dict")
 
 
 def hf_model_of(model: Any) -> Any:

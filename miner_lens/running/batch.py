@@ -28,7 +28,7 @@ class Batch:
         masks: The tokens of each modality, [sample pos] each; padding belongs to none.
         ids: A name for each sample, for error messages.
         samples: The `Sample`s, where the data are such.
-        index: The place of each sample in the data.
+        index: The place of each sample in the data; row r of a prepared pair counts r * 2**40 more.
     """
 
     inputs: Inputs

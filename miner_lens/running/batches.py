@@ -44,8 +44,7 @@ class Item:
         try:
             return cls(number, value, render(model, [value.messages]))
         except SampleError as error:
-            named = SampleError(f"{cls(number, value).name}: {error}")
-            return cls(number, value, error=named)
+            return cls(number, value, None, SampleError(f"{cls(number, value).name}: {error}"))
 
     @property
     def name(self) -> str:
@@ -143,7 +142,8 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
         inputs, masks = (to_device(p, device) for p in prepared_pair(first.value, first.number))
         rows = len(inputs["input_ids"])
         names = (first.name,) if rows == 1 else (f"{first.name}, row {row}" for row in range(rows))
-        return Batch(inputs, masks, tuple(names), index=(first.number,) * rows)
+        places = tuple(first.number + (row << 40) for row in range(rows))
+        return Batch(inputs, masks, tuple(names), index=places)
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     apart = [item.inputs for item in items if item.inputs is not None]
     inputs = to_device(collate(apart, tokenizer.pad_token_id or 0), device)

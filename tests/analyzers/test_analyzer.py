@@ -321,6 +321,12 @@ def test_nan_names_layer_and_sample(small: Any, bad: float) -> None:
     assert torch.equal(again[0]["x"], others["x"])
 
 
+def test_rows_of_a_pair_have_places_of_their_own(small: Any) -> None:
+    found = run(small, pairs(), Places()).tolist()
+    assert {place for place, *_ in found} == {0, 1, 2, 1 << 40, 1 + (1 << 40), 2 + (1 << 40)}
+    assert len({tuple(one) for one in found}) == 18
+
+
 class LayerZero(ml.Analyzer[Tensor]):
     """Reads one point, which is fine where another is not."""
 
