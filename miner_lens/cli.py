@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from miner_lens import launchers
+
 app = typer.Typer(
     help="Find modality-specific neurons in multimodal language models and switch them off.",
     no_args_is_help=True,
@@ -103,7 +105,7 @@ def mine(
             site=site,
             checkpoint=checkpoint,
         )
-        if scores is None:  # rank 0 has them
+        if launchers.rank() > 0:  # all ranks have them
             return
         scores.save(out)
     typer.echo(repr(scores))

@@ -39,6 +39,12 @@ def launcher() -> tuple[int, int, str, int] | None:
     return (rank, world, host, int(port)) if world > 1 else None
 
 
+def rank() -> int:
+    """Which of a launcher's processes this is; 0 without a launcher."""
+    found = launcher()
+    return 0 if found is None else found[0]
+
+
 def first_host(nodes: str) -> str:
     """The first host of a SLURM node list.
 

@@ -164,8 +164,7 @@ def mine(
             the model has them. For several in one pass, give `run` an `ImportanceAnalyzer` each.
 
     Returns:
-        Scores [metric modality layer neuron], each in 0 to 1; with several processes, None on
-        all but rank 0.
+        Scores [metric modality layer neuron], each in 0 to 1.
     """
     analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None), site)
     scores: ImportanceScores = run(

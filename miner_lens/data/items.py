@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,33 +9,18 @@ import torch
 
 from miner_lens.data.sample import Sample
 
+NOT_INPUTS = {"labels", "use_cache", "cache", "past_key_values", "logits_to_keep", "return_dict"}
+
 
 def item_of(given: Any) -> Any:
     """An item of the data; a mapping with messages, such as a table's row, is a sample."""
     return Sample.of(given) if isinstance(given, Mapping) and "messages" in given else given
 
 
-def signature(item: Any) -> int:
-    """A number of 64 bits that tells one item from another, without opening its media."""
-    if isinstance(item, Sample):
-        content = repr((item.id, [_words(message) for message in item.messages])).encode()
-    elif isinstance(item, tuple | list) and item and isinstance(item[0], Mapping):
-        ids = item[0].get("input_ids", item[0].get("input"))
-        content = b"" if ids is None else bytes(ids.cpu().contiguous().numpy().tobytes())
-    else:
-        content = type(item).__name__.encode()  # refused when its turn comes
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
-def _words(message: Any) -> Any:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, list | tuple):
-        return content if isinstance(content, str) else type(content).__name__
-    return [p.get("text", p.get("type")) if isinstance(p, Mapping) else "" for p in content]
-
-
 def prepared_pair(item: Any, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model inputs and masks of a pair; token ids are called `input_ids`.
+
+    What only asks for a loss, a cache or more logits is left out.
 
     Raises:
         ValueError: It is no such pair, or masks do not fit the inputs; the number names it.
@@ -49,11 +33,18 @@ def prepared_pair(item: Any, number: int) -> tuple[dict[str, Any], dict[str, Any
     inputs, masks = (dict(part) for part in item)
     if "input" in inputs:
         inputs["input_ids"] = inputs.pop("input")
+    for name in NOT_INPUTS & inputs.keys():
+        del inputs[name]
     if "input_ids" not in inputs:
         raise ValueError(f"Item {number}: the model inputs have no input_ids.")
     if not masks:
         raise ValueError(f"Item {number}: masks must name at least one modality.")
     shape, real = inputs["input_ids"].shape, inputs.get("attention_mask")
+    if real is not None and real.shape != shape:
+        raise ValueError(
+            f"Item {number}: attention_mask must be of shape {tuple(shape)} like input_ids, not "
+            f"{tuple(real.shape)}, from which it cannot be read which tokens are padding."
+        )
     for modality, mask in masks.items():
         if mask.shape != shape or mask.dtype != torch.bool:
             raise ValueError(

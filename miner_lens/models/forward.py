@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from miner_lens.models import attention
@@ -29,13 +30,33 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
+
+
 @contextmanager
-def one_logit(hf_model: Any) -> Iterator[Inputs]:
+def aside() -> Iterator[None]:
+    """Calls of the head are somebody else's than the model's own, so `one_logit` leaves them."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
+
+
+@contextmanager
+def one_logit(hf_model: Any, wanted: bool = True) -> Iterator[Inputs]:
     """No projection onto the vocabulary but of the last position.
+
+    Args:
+        hf_model: The model.
+        wanted: Whether it is to be so; otherwise nothing changes.
 
     Yields:
         What to tell the model; one that cannot be told so has its head see no more.
     """
+    if not wanted:
+        yield {}
+        return
     if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
         yield {"logits_to_keep": 1}
         return
@@ -43,7 +64,11 @@ def one_logit(hf_model: Any) -> Iterator[Inputs]:
     if head is None:
         yield {}
         return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
+
+    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if _aside.get() else (args[0][:, -1:], *args[1:])
+
+    handle = head.register_forward_pre_hook(cut)
     try:
         yield {}
     finally:

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from miner_lens.data.signature import described
 from miner_lens.models import sites
 from miner_lens.models.access import identity, layout, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, uncompiled
 from miner_lens.models.sites import MLP, Rows, Tower
+from miner_lens.neurons.active import noted
 from miner_lens.neurons.neuron_set import NeuronSet
 
 Value = float | Literal["zero", "min", "mean"]
@@ -66,6 +68,7 @@ def ablate(
     layers = mlps(model, write.site)
     with ExitStack() as open_:
         open_.enter_context(uncompiled())
+        open_.enter_context(noted(hf_model_of(model), write.described()))
         open_.callback(tokens.stop)
         if write.needs_tokens:
             tokens.watch(model)
@@ -253,6 +256,11 @@ class _Write:
         self.site = neurons.site
         self.value = value
         self.at = at
+
+    def described(self) -> Any:
+        """What it does, as JSON can hold it."""
+        where = {"site": self.site, "at": self.at, "neurons": self.neurons.by_layer()}
+        return described(where | {"value": self.value, "means": self.means})
 
     @property
     def needs_tokens(self) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
+from types import MappingProxyType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from miner_lens.data.sample import SampleError
+from miner_lens.data.signature import described
 from miner_lens.models.access import identity
+from miner_lens.models.forward import aside
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch, TowerPass
@@ -20,6 +25,8 @@ from miner_lens.running.totals import Keep, Max, Min, Sum, Top, Totals
 
 State = dict[str, Tensor]
 R = TypeVar("R", covariant=True)
+
+REASONS = 5
 
 
 class Analyzer(ABC, Generic[R]):
@@ -31,7 +38,7 @@ class Analyzer(ABC, Generic[R]):
     `self.min`, `self.top`, `self.keep`; afterwards `self[name]` reads it. After `run` the analyzer
     holds its state.
 
-    Public attributes that are numbers, strings or lists of them are its settings: analyzers that
+    The arguments that it is made with and its public attributes are its settings: analyzers that
     differ in them are not merged, nor is a run continued. Private attributes are no state: they
     are neither merged nor saved.
 
@@ -40,6 +47,7 @@ class Analyzer(ABC, Generic[R]):
 
     Attributes:
         needs_gradients: Whether `see` wants the gradient at each point as well; refused for now.
+        needs_logits: Whether `finish` wants the logits of all positions in `batch.output`.
         identity: The model that it has seen.
 
     Example:
@@ -58,14 +66,22 @@ class Analyzer(ABC, Generic[R]):
     """
 
     needs_gradients = False
+    needs_logits = False
     site = "llm"
     identity: ModelIdentity | None = None
+    _given: Mapping[str, Any] = MappingProxyType({})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make its state, so that a subclass's `__init__` need not call this one's."""
         self = super().__new__(cls)
         self._totals, self._counts = Totals(), Totals()
         self._points = tuple[Point, ...]()
+        try:
+            given = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:  # which __init__ raises better; and a copy is made without arguments
+            return self
+        given.apply_defaults()
+        self._given = {k: v for k, v in given.arguments.items() if v is not self}
         return self
 
     def __init__(self, site: str = "llm") -> None:
@@ -85,6 +101,9 @@ class Analyzer(ABC, Generic[R]):
             point: Which point it is.
             batch: What the pass is about; its masks are [sample pos], to match.
         """
+
+    def finish(self, batch: Batch) -> None:
+        """Fold what is known when a pass is over, such as `batch.output.logits`."""
 
     @abstractmethod
     def result(self) -> R:
@@ -171,7 +190,12 @@ class Analyzer(ABC, Generic[R]):
     @property
     def skipped(self) -> int:
         """How many could not be used."""
-        return self._counted("skipped").get("", 0)
+        return sum(self._counted("skipped").values())
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the first of them could not be used."""
+        return tuple(filter(None, self._counted("skipped")))
 
     @property
     def occurrences(self) -> dict[str, int]:
@@ -190,10 +214,14 @@ class Analyzer(ABC, Generic[R]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What two analyzers must share to be merged or continued: public plain attributes."""
-        plain = (str, int, float, bool, list, tuple, type(None))
+        """What two analyzers must share to be merged or continued.
+
+        By default the arguments that it was made with, and its public attributes.
+        """
         public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        return {"site": self.site} | {k: v for k, v in public.items() if isinstance(v, plain)}
+        public.pop("identity", None)
+        found: dict[str, Any] = described({"site": self.site, **self._given, **public})
+        return found
 
     def __add__(self, other: Self) -> Self:
         """A new analyzer that has seen what both have seen.
@@ -267,15 +295,25 @@ class Analyzer(ABC, Generic[R]):
         with torch.no_grad():
             finite = batch.once((point.name, call), lambda: _finite(x))
             self._finite.append((point, finite))
-            try:
+            with self._own(f"see failed at {point.name}"):
                 self.see(x.detach(), point, view)
-            except SampleError:
-                raise
-            except ValueError as error:
-                # A ValueError of the model's says that it refuses a sample; this is none.
-                raise RuntimeError(
-                    f"{type(self).__name__}.see failed at {point.name}: {error}"
-                ) from error
+
+    def end(self, batch: Batch) -> None:
+        """Hand over the finished pass to `finish`."""
+        with torch.no_grad(), self._own("finish failed"):
+            self.finish(batch)
+
+    @contextmanager
+    def _own(self, what: str) -> Iterator[None]:
+        """The author's code is running: its calls are not the model's, nor are its errors."""
+        try:
+            with aside():
+                yield
+        except SampleError:
+            raise
+        except ValueError as error:
+            # A ValueError of the model's says that it refuses a sample; this is none.
+            raise RuntimeError(f"{type(self).__name__}.{what}: {error}") from error
 
     def check(self, batch: Batch) -> None:
         """Raise `SampleError` if what was seen must not be folded, naming layer and sample.
@@ -325,9 +363,10 @@ class Analyzer(ABC, Generic[R]):
             if label is not None:
                 self._count(f"label/{label}", 1)
 
-    def skip(self, samples: int) -> None:
-        """Count samples that could not be used."""
-        self._count("skipped/", samples)
+    def skip(self, reason: str) -> None:
+        """Count a sample that could not be used; of the first few the reason is kept."""
+        kept = reason[:1_000] if len(self.reasons) < REASONS else ""
+        self._count(f"skipped/{kept}", 1)
 
     def state_dict(self) -> State:
         """Everything that was folded, as tensors that `load_state_dict` takes."""

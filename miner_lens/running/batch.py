@@ -84,6 +84,17 @@ class Batch:
         return made
 
     @property
+    def output(self) -> Any:
+        """What the model returned, when the pass is over.
+
+        Its `logits` are [sample pos vocab] where an analyzer of the run sets `needs_logits`, and
+        of the last position alone otherwise.
+        """
+        if "output" not in self._made:
+            raise RuntimeError("batch.output is there when the pass is over: use it in finish.")
+        return self._made["output"]
+
+    @property
     def towers(self) -> dict[str, TowerPass]:
         """The towers that were asked about in this pass, by site."""
         return self.once("towers", dict)

@@ -23,7 +23,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from miner_lens import files
-from miner_lens.data.items import signature
+from miner_lens.data.signature import signature
 from miner_lens.running.analyzer import State
 
 KIND = "run"

@@ -85,6 +85,18 @@ class Ranks:
                     distributed.recv(data, rank, group=self.group)
             if self.rank == 0 < rank:
                 yield [safetensors.torch.load(data.numpy().tobytes()) for data in theirs]
+
+    def share(self, analyzers: Sequence[Any]) -> None:
+        """Give rank 0's states to all."""
+        if self.store is None:
+            return
+        for analyzer in analyzers:
+            data = _bytes(safetensors.torch.save(analyzer.state_dict() if self.rank == 0 else {}))
+            length = self.gather(len(data))[0]
+            data = data if self.rank == 0 else torch.empty(length, dtype=torch.uint8)
+            with self._reaching():
+                distributed.broadcast(data, 0, group=self.group)
+            analyzer.load_state_dict(safetensors.torch.load(data.numpy().tobytes()))
         self.gather(None)  # nobody hangs up before all has arrived
 
     def _all_gather(self, tensor: Tensor, meanwhile: Callable[[], object]) -> list[Tensor]:

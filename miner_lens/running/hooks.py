@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from miner_lens.data.sample import SampleError
 from miner_lens.models.access import layout
 from miner_lens.models.bridge import pass_inputs, prepare
 from miner_lens.models.points import Point
@@ -37,12 +39,23 @@ class Shared(Protocol, Hashable):
 def pass_hooks(analyzers: Sequence[Any], model: Any, running: Running) -> list[Hook]:
     """All hooks of a pass; what several analyzers need is read once, and first."""
     shared = dict.fromkeys(one for analyzer in analyzers for one in analyzer.needs())
-    hooks = [hook for one in shared for hook in one.hooks(model, running)]
+    needed = (hook for one in shared for hook in one.hooks(model, running))
+    hooks: list[Hook] = [(name, partial(_read, function)) for name, function in needed]
     return hooks + [
         (point.name, partial(_hand, analyzer, point, running))
         for analyzer in analyzers
         for point in analyzer.reading
     ]
+
+
+def _read(function: Callable[..., Tensor | None], x: Tensor, hook: Any) -> Tensor | None:
+    try:
+        return function(x, hook=hook)
+    except SampleError:
+        raise
+    except ValueError as error:
+        # A ValueError of the model's says that it refuses a sample; this is none.
+        raise RuntimeError(f"Reading {hook.name} failed: {error}") from error
 
 
 def _hand(analyzer: Any, point: Point, running: Running, x: Tensor, hook: Any) -> None:
@@ -59,12 +72,16 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
     analyzer.begin(model)
     known, inputs = layout(model), pass_inputs(model)
     running: list[Batch] = []
+    last: list[Tensor] = []
 
     def begin(ids: Tensor, hook: Any) -> None:
         running.clear()
         # transformers 5.24 has renamed it.
         cache = inputs.all.get("cache", inputs.all.get("past_key_values"))
-        if cache is not None and cache.get_seq_length() > 0:
+        former, last[:] = tuple(last), [ids]
+        if (cache is not None and cache.get_seq_length() > 0) or _continues(
+            ids, former, inputs.all
+        ):
             return  # a step of generation
         real = torch.ones_like(ids, dtype=torch.bool) if inputs.real is None else inputs.real
         given = inputs.all | {"input_ids": ids, "attention_mask": real}
@@ -73,11 +90,27 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
         analyzer.open(batch, model.original_model)
         running.append(batch)
 
-    def end(residual: Tensor, hook: Any) -> None:
+    def end(last_seen: Tensor, hook: Any) -> None:
         if running:
             batch = running.pop()
-            analyzer.check(batch)
-            analyzer.accept(batch)
+            if analyzer.needs_logits:
+                batch.once("output", lambda: SimpleNamespace(logits=last_seen.detach()))
+            analyzer.end(batch)
+            with torch.no_grad():
+                analyzer.check(batch)
+                analyzer.accept(batch)
 
     inner = pass_hooks([analyzer], model, lambda: running[0] if running else None)
-    return [("embed.hook_in", begin), *inner, ("ln_final.hook_out", end)]
+    over = "unembed.hook_out" if analyzer.needs_logits else "ln_final.hook_out"
+    return [("embed.hook_in", begin), *inner, (over, end)]
+
+
+def _continues(ids: Tensor, former: tuple[Tensor, ...], inputs: dict[str, Any]) -> bool:
+    """Whether a pass is a step of `generate` without a cache: the pass before, and one token more.
+
+    Plain calls of a model say nothing about `use_cache` and `return_dict`.
+    """
+    if inputs.get("use_cache") is not False or "return_dict" not in inputs or not former:
+        return False
+    (before,) = former
+    return ids.shape == (len(before), before.shape[1] + 1) and torch.equal(ids[:, :-1], before)

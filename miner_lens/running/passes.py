@@ -45,8 +45,6 @@ class Passes:
                 continue
             skipped += failed
             pending = pending[len(items) :]
-        for analyzer in self.analyzers:
-            analyzer.skip(skipped)
         return skipped
 
     def _attempt(self, items: Sequence[Item]) -> int | None:
@@ -59,10 +57,14 @@ class Passes:
             forward(self.model, batch, self.analyzers)
             for analyzer in self.analyzers:
                 analyzer.check(batch)
-        except SampleError:
+        except SampleError as error:
             if self.on_error == "raise":
                 raise
-            return 1 if len(items) == 1 else sum(self._attempt([one]) or 0 for one in items)
+            if len(items) > 1:
+                return sum(self._attempt([one]) or 0 for one in items)
+            for analyzer in self.analyzers:
+                analyzer.skip(str(error))
+            return 1
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise
@@ -82,11 +84,15 @@ def forward(model: Any, batch: Batch, analyzers: Sequence[Analyzer[Any]]) -> Non
     for analyzer in analyzers:
         analyzer.open(batch, hf_model)
     hooks = pass_hooks(analyzers, model, lambda: batch)
+    cut = not any(analyzer.needs_logits for analyzer in analyzers)
     try:
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks), one_logit(hf_model) as options:
-            hf_model(**batch.inputs, use_cache=False, **options)
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks), one_logit(hf_model, cut) as options:
+            output = hf_model(**batch.inputs, use_cache=False, **options)
     except SampleError:
         raise
     except ValueError as error:
         # Such as fewer placeholders than the media have tokens.
         raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error
+    batch.once("output", lambda: output)
+    for analyzer in analyzers:
+        analyzer.end(batch)

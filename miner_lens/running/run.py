@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from tqdm.auto import tqdm
 
-from miner_lens.data.items import signature
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
+from miner_lens.data.signature import signature
 from miner_lens.models.access import identity
 from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
-from miner_lens.models.identity import ModelIdentity
+from miner_lens.models.inside import hf_model_of
 from miner_lens.models.modality import Masks
+from miner_lens.neurons.active import active
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batches import BatchSize, Sampler, ahead
 from miner_lens.running.checkpoint import Checkpoint, Record
@@ -27,10 +29,34 @@ from miner_lens.running.distributed import RankError, Ranks, joined
 from miner_lens.running.passes import OnError, Passes
 from miner_lens.running.shards import Items, Shard
 
+A = TypeVar("A")
+B = TypeVar("B")
 Prepared = tuple[Inputs, Masks]
 Data = Iterable[Sample] | Iterable[Prepared] | Mapping[str, Iterable[Sample]]
 
 
+class Options(TypedDict, total=False):
+    """How `run` passes data through; its docstring says what each means."""
+
+    batch_size: BatchSize
+    limit: int | None
+    on_error: OnError
+    progress: bool
+    checkpoint: str | Path | None
+    checkpoint_every: float
+    checkpoint_every_samples: int | None
+
+
+@overload
+def run(model: Any, data: Data, analyzer: Analyzer[A], /, **options: Unpack[Options]) -> A: ...
+@overload
+def run(
+    model: Any, data: Data, a: Analyzer[A], b: Analyzer[B], /, **options: Unpack[Options]
+) -> tuple[A, B]: ...
+@overload
+def run(
+    model: Any, data: Data, *analyzers: Analyzer[Any], **options: Unpack[Options]
+) -> tuple[Any, ...]: ...
 def run(
     model: Any,
     data: Data,
@@ -47,7 +73,7 @@ def run(
 
     Nothing is kept from sample to sample but the analyzers' states. Samples are prepared while the
     model is busy with those before them, so an iterable is read one batch ahead. Under torchrun,
-    accelerate or srun each process takes a share of the data, and rank 0 gets the result; see
+    accelerate or srun each process takes a share of the data, and all get the result; see
     docs/scaling.md.
 
     Args:
@@ -73,8 +99,7 @@ def run(
         checkpoint_every_samples: Write also after so many samples of a process.
 
     Returns:
-        The analyzer's result, or a tuple of results where there are several; None on other ranks
-        than 0.
+        The analyzer's result, or a tuple of results where there are several.
 
     Raises:
         ValueError: No data, no usable sample, no analyzer, not a bridge, a checkpoint of
@@ -85,7 +110,7 @@ def run(
     """
     _check_arguments(analyzers, batch_size, on_error)
     model = prepared_bridge(model)
-    device, who = input_device(model), identity(model)
+    device = input_device(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
     advice = f"Start it again to continue from {checkpoint}, with any number of processes."
     if checkpoint is None:
@@ -95,7 +120,7 @@ def run(
             analyzer.begin(model)
         sampler = Sampler(batch_size, device)
         passes = Passes(model, analyzers, on_error, sampler)
-        settings = _settings(who, analyzers, batch_size, on_error)
+        settings = _settings(model, analyzers, batch_size, on_error)
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
         _require_same(ranks, settings, items)
@@ -147,19 +172,29 @@ def run(
         for states in ranks.states(analyzers):
             for analyzer, state in zip(analyzers, states, strict=True):
                 analyzer.merge_state_dict(state)
-        if ranks.rank > 0:
-            return None
+        ranks.share(analyzers)
+        if skipped and ranks.rank == 0:
+            why = "; ".join(analyzers[0].reasons)
+            warnings.warn(f"{skipped} of {seen} samples were skipped. {why}", stacklevel=2)
         results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
 
 
 def _settings(
-    model: ModelIdentity, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
+    model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
 ) -> dict[str, Any]:
-    """What must be the same when a run is continued."""
-    kinds = [[type(one).__name__, one.settings] for one in analyzers]
-    how = {"batch_size": batch_size, "on_error": on_error}
-    return dict(json.loads(json.dumps({"model": model.to_dict(), "analyzers": kinds} | how)))
+    """What must be the same when a run is continued, as JSON has it."""
+    hf_model = hf_model_of(model)
+    settings = {
+        "model": identity(model).to_dict(),
+        "dtype": str(hf_model.dtype),
+        "ablations": active(hf_model),
+        "hooks": [name for name, point in model.hook_dict.items() if point.fwd_hooks],
+        "analyzers": [[type(one).__name__, one.settings] for one in analyzers],
+        "batch_size": batch_size,
+        "on_error": on_error,
+    }
+    return dict(json.loads(json.dumps(settings)))
 
 
 def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:

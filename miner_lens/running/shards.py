@@ -11,7 +11,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from miner_lens.data.items import item_of, signature
+from miner_lens.data.items import item_of
+from miner_lens.data.signature import signature
 
 # Items that are done are looked up again to compare them; where each look-up makes one, so many.
 SPOT_CHECKS = 1_000
