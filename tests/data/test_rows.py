@@ -208,3 +208,19 @@ def test_keys_without_a_value_are_no_media() -> None:
         load_media([{"role": "user", "content": None}])
     with pytest.raises(ml.SampleError, match="needs a type"):
         load_media([{"role": "user", "content": [{"type": None, "text": "a"}]}])
+    with pytest.raises(ml.SampleError, match="a string or a list of parts, not 3"):
+        load_media([{"role": "user", "content": 3}])
+
+
+def test_images_are_turned_upright_wherever_they_come_from(tmp_path: Path) -> None:
+    """A photograph of a camera held sideways: green is above red, and the file says so by EXIF."""
+    upright = Image.new("RGB", (8, 16), "red")
+    upright.paste("lime", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[274] = 6  # turn it by 90 degrees to the right
+    path = tmp_path / "photograph.png"
+    upright.rotate(90, expand=True).save(path, exif=exif)
+    for source in (path, path.read_bytes(), Image.open(path)):
+        content = [{"type": "image", "image": source}]
+        (message,) = load_media([{"role": "user", "content": content}])
+        assert message["content"][0]["image"].tobytes() == upright.tobytes()
