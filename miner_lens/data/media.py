@@ -205,7 +205,8 @@ def _full_scale(samples: np.ndarray) -> np.ndarray:
         )
     half = 2 ** (8 * size - 1)
     middle = half if kind == "u" else 0
-    return ((samples.astype(np.float64) - middle) / half).astype(np.float32)
+    scaled: np.ndarray = ((samples.astype(np.float64) - middle) / half).astype(np.float32)
+    return scaled
 
 
 def _check_sound(samples: np.ndarray, rate: int, longest: float) -> None:
@@ -238,7 +239,7 @@ def _file(source: str | Path | bytes) -> Any:
     return io.BytesIO(source) if isinstance(source, bytes) else str(source)
 
 
-def _what(source: str | Path | bytes) -> str:
+def _what(source: str | Path | bytes | Image.Image) -> str:
     return f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
 
 
