@@ -119,6 +119,19 @@ def test_halves_make_the_whole(shapes: Any, samples: list[ml.Sample]) -> None:
     assert all(torch.equal(t, before[name]) for name, t in halves[0][0].state_dict().items())
 
 
+def test_sum(shapes: Any, samples: list[ml.Sample]) -> None:
+    parts = [Sparsity(), Sparsity(), Sparsity()]
+    for number, part in enumerate(parts):
+        run(shapes, samples[5 * number : 5 * number + 5], part)
+    whole = Sparsity()
+    close(sum(parts).result(), run(shapes, samples[:15], whole))  # type: ignore[attr-defined]
+    alone = sum(parts[:1])
+    run(shapes, samples[:1], alone)
+    assert (parts[0].samples, alone.samples) == (5, 6)  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + whole
+
+
 def start(folder: Path, *arguments: Any, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.analyzers.own", str(folder), *map(str, arguments)],
