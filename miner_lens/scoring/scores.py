@@ -35,8 +35,8 @@ class Selection(dict[str, NeuronSet]):
 class ImportanceScores(Result):
     """Importance of every neuron to every modality, by each metric (MINER, stages 2 and 3).
 
-    Scores over the same model add up: `a + b` is what mining both sets of samples in one go
-    would have given.
+    Scores over the same model add up: `a + b`, or `sum([a, b, c])`, is what mining all samples in
+    one go would have given.
 
     Attributes:
         values: Normalised scores in [0, 1], mean over samples; a sample without a modality
@@ -195,6 +195,10 @@ class ImportanceScores(Result):
             info=merge_info(self.info, other.info),
         )
 
+    def __radd__(self, other: object) -> ImportanceScores:
+        """So that `sum` works, which begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     @classmethod
     def mean(cls, scores: Iterable[ImportanceScores]) -> ImportanceScores:
         """Scores over several data sets: each modality's mean over those in which it occurs.
@@ -252,7 +256,6 @@ class ImportanceScores(Result):
         weights: Sequence[float] | Mapping[str, float] | None = None,
         split: str | None = None,
         seed: int = 0,
-        site: str | None = None,
     ) -> Selection:
         """Modality-specific neurons: for each modality, a set of them (MINER, stage 4).
 
@@ -266,18 +269,12 @@ class ImportanceScores(Result):
                 there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
                 that occur in the data.
             seed: Seed of "random".
-            site: The site that the scores must be of; default their own.
 
         Raises:
             ValueError: If an argument is unknown or out of range, none of the split's
-                modalities occurs, the ratio leaves a modality or layer without a neuron, the
-                scores contain NaN, or they are of another site.
+                modalities occurs, the ratio leaves a modality or layer without a neuron, or the
+                scores contain NaN.
         """
-        if site not in (None, self.site):
-            raise ValueError(
-                f"These scores are of site {self.site!r}, not {site!r}. Mine that site with "
-                f"mine(..., site={site!r})."
-            )
         counts = dict(zip(self.modalities, self.occurrences, strict=True))
         if split is None:
             fitting = (name for name, parts in select.SPLITS.items() if counts.get(parts[0]))

@@ -82,6 +82,13 @@ def test_merging_equals_mining_all_at_once() -> None:
     assert_same(over(slice(3)) + over(slice(3, 7)), over(slice(7)))
 
 
+def test_sum() -> None:
+    a, b, c = (make(seed) for seed in range(3))
+    assert_same(sum([a, b, c]), a + b + c)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + a
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
