@@ -28,6 +28,7 @@ class NeuronSet(Result):
 
     It behaves as a set of pairs of ints, sorted: `| & - ^ ~ <= len in == hash`. Two sets are
     equal if they hold the same neurons of the same model. Sets of different models do not mix.
+    A combination of two sets has the means of both; where they differ, NaN.
 
     Args:
         pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
@@ -35,7 +36,7 @@ class NeuronSet(Result):
         neurons: Number of neurons in each layer.
         identity: The model they come from, where it is known.
         means: Mean activation of every neuron of the model, as mined; `ablate(value="mean")`
-            writes these. Not part of equality.
+            writes these, and refuses NaN. Not part of equality.
         site: Where the neurons live: "llm", "vision", "audio" or "projector"; default the
             identity's site, or "llm".
 
@@ -261,25 +262,16 @@ class NeuronSet(Result):
         counts: list[int] = self._member.sum(1).tolist()
         return counts
 
-    def require_site(self, site: str | None) -> None:
-        """Refuse another site than the neurons' own; None allows any.
-
-        Raises:
-            ValueError: The neurons live elsewhere.
-        """
-        if site not in (None, self.site):
-            raise ValueError(
-                f"These neurons are of site {self.site!r}, not {site!r}. Mine that site, or leave "
-                "site out."
-            )
-
     def transfer(self, identity: ModelIdentity) -> NeuronSet:
         """The same neurons of another model of the same shape, without the mined means.
 
+        Args:
+            identity: The other model's, such as `NeuronSet.of([], model, site).identity`.
+
         Raises:
-            ValueError: If the other model has another shape.
+            ValueError: If the other model has another shape, or the identity is of another site.
         """
-        return NeuronSet.from_mask(self._member, identity)
+        return NeuronSet.from_mask(self._member, identity, site=self.site)
 
     def to_frame(self) -> pd.DataFrame:
         """A table of the columns site, layer and neuron, one row a neuron."""
@@ -378,6 +370,9 @@ class NeuronSet(Result):
     def _with(self, other: NeuronSet, member: Bool[Tensor, "layer neuron"]) -> NeuronSet:
         identity = other.identity if self.identity is None else self.identity
         means = other._means if self._means is None else self._means
+        if self._means is not None and other._means is not None:
+            # NaN differs from itself, so what was once in doubt stays so in any order of sets.
+            means = self._means.where(self._means == other._means, torch.nan)
         return NeuronSet.from_mask(member, identity, means, self.site)
 
 
