@@ -76,3 +76,10 @@ class ModelIdentity:
         """What `to_dict` gave; fields that a later version added are left out."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
+
+
+def better_known(one: ModelIdentity | None, other: ModelIdentity | None) -> ModelIdentity | None:
+    """Of two identities of one model the one that tells more: the weights, if either does."""
+    if one is None or (one.fingerprint is None and other is not None):
+        return other
+    return one

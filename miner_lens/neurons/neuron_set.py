@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from miner_lens.models.access import identity as identity_of
-from miner_lens.models.identity import SITES, ModelIdentity
+from miner_lens.models.identity import SITES, ModelIdentity, better_known
 from miner_lens.models.result import Result
 from miner_lens.neurons.draw import random
 
@@ -130,15 +130,25 @@ class NeuronSet(Result):
     @classmethod
     def from_mask(
         cls,
-        mask: Bool[Tensor, "layer neuron"],
+        mask: Bool[Tensor, "layer neuron"] | Any,
         identity: ModelIdentity | None = None,
         means: Float[Tensor, "layer neuron"] | None = None,
         site: str | None = None,
     ) -> NeuronSet:
-        """The neurons at which `mask` is True."""
+        """The neurons at which `mask` is True.
+
+        Raises:
+            ValueError: It is no boolean mask of two axes, or as the constructor.
+        """
+        mask = torch.as_tensor(mask).detach().cpu()
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            raise ValueError(
+                f"A mask must be booleans [layer neuron], not {mask.dtype} of shape "
+                f"{list(mask.shape)}. Of scores, say which: from_mask(scores > threshold)."
+            )
         layers, neurons = mask.shape
         return cls(
-            mask.detach().cpu().nonzero(),
+            mask.nonzero(),
             layers=layers,
             neurons=neurons,
             identity=identity,
@@ -368,7 +378,7 @@ class NeuronSet(Result):
         return other._member
 
     def _with(self, other: NeuronSet, member: Bool[Tensor, "layer neuron"]) -> NeuronSet:
-        identity = other.identity if self.identity is None else self.identity
+        identity = better_known(self.identity, other.identity)
         means = other._means if self._means is None else self._means
         if self._means is not None and other._means is not None:
             # NaN differs from itself, so what was once in doubt stays so in any order of sets.
@@ -387,7 +397,8 @@ def _indices(pairs: Any) -> Int64[Tensor, "pair 2"]:
         ) from error
     if index.numel() == 0:
         return torch.empty(0, 2, dtype=torch.int64)
-    if index.ndim != 2 or index.shape[1] != 2 or index.is_floating_point():
+    no_number = index.dtype == torch.bool or index.is_complex() or index.is_floating_point()
+    if index.ndim != 2 or index.shape[1] != 2 or no_number:
         raise ValueError(
             f"Neurons must be pairs (layer, neuron) of ints; got an array of shape "
             f"{list(index.shape)} and type {index.dtype}."

@@ -89,10 +89,43 @@ def test_neuron_outside_the_model(pair: tuple[int, int]) -> None:
         make((0, 0), pair)
 
 
-@pytest.mark.parametrize("pairs", [[1, 2, 3], [(1, 2, 3)], [(0.5, 1.0)], [(1, 2), (3,)], ["ab"]])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [1, 2, 3],
+        [(1, 2, 3)],
+        [(0.5, 1.0)],
+        [(1, 2), (3,)],
+        ["ab"],
+        np.ones((3, 2), dtype=bool),
+        torch.ones(1, 2, dtype=torch.complex64),
+    ],
+)
 def test_not_pairs(pairs: Any) -> None:
     with pytest.raises(ValueError, match=r"must be pairs \(layer, neuron\)"):
         NeuronSet(pairs, layers=3, neurons=5)
+
+
+@pytest.mark.parametrize("mask", [torch.rand(3, 5), np.ones((3, 5)), torch.ones(15) > 0])
+def test_not_a_mask(mask: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be booleans \[layer neuron\], not torch"):
+        NeuronSet.from_mask(mask)
+
+
+def test_masks_of_numpy() -> None:
+    neurons = make((0, 1), (2, 4))
+    assert NeuronSet.from_mask(neurons.mask.numpy()) == neurons  # type: ignore[arg-type]
+
+
+def test_what_is_known_of_the_model_is_kept() -> None:
+    """Where weights could not be read, nobody knows which they are; that must not spread."""
+    vague = make((0, 1), identity=replace(IDENTITY, fingerprint=None))
+    ours = make((0, 2), identity=IDENTITY)
+    other = make((0, 3), identity=replace(IDENTITY, fingerprint="xyz"))
+    assert (vague | ours).identity == (ours | vague).identity == IDENTITY
+    assert vague | ours == ours | vague
+    with pytest.raises(ValueError, match="weights abc"):
+        vague | ours | other
 
 
 def test_of_a_model() -> None:
