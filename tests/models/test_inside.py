@@ -113,6 +113,36 @@ def test_unwrapped_is_as_never_wrapped(kind: str, implementation: str, tmp_path:
     assert shape_of(ml.unwrap(again)) == shape_of(untouched)
 
 
+def rotated(bridge: Any, inputs: dict[str, Any]) -> int:
+    """How often a layer's hook on rotated queries fires in a pass."""
+    seen: list[Any] = []
+    with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_rot_q", lambda q, hook: seen.append(q))]):
+        logits(bridge.original_model, inputs)
+    return len(seen)
+
+
+def hooks_of(bridge: Any) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return sum(len(getattr(m, kind)) for m in bridge.original_model.modules() for kind in kinds)
+
+
+def test_hooks_fire_whatever_is_copied_or_set() -> None:
+    inputs, bridge = vision_inputs(), ml.wrap(vision_model())
+    assert rotated(bridge, inputs) == 1  # TransformerLens has hooks of its own from then on
+    first, copied = hooks_of(bridge), bridge
+    for _ in range(2):
+        copied = copy.deepcopy(copied)
+        assert rotated(copied, inputs) == 1
+        assert hooks_of(prepare(copied)) == first
+    assert rotated(bridge, inputs) == 1
+    for name in ("eager", "sdpa"):
+        for one in (bridge, copied):
+            one.original_model.set_attn_implementation(name)
+            assert rotated(one, inputs) == 1
+    assert hooks_of(bridge) == hooks_of(copied) == first
+    assert torch.equal(mined(copied, inputs), mined(bridge, inputs))
+
+
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     bridge = ml.load("shapes", device="cpu")
     processor = bridge.processor
