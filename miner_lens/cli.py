@@ -79,7 +79,7 @@ def mine(
     ask: Annotated[
         str | None, typer.Option(help="What is asked about: image, audio, text, both.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Stop after this many samples.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many samples at most.")] = None,
     batch_size: Annotated[str, typer.Option(help="Samples in one forward pass, or auto.")] = "1",
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",
@@ -119,14 +119,13 @@ def select(
     strategy: Annotated[str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform.")] = "LA_MU",
     split: Annotated[str | None, typer.Option(help="How tokens are split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random strategy.")] = 0,
-    site: Annotated[str | None, typer.Option(help="Site that the scores must be of.")] = None,
 ) -> None:
     """Select modality-specific neurons from scores."""
     import miner_lens as ml
 
     with _clear_errors():
         loaded = ml.ImportanceScores.load(scores)
-        chosen = loaded.select(ratio, strategy, split=split, seed=seed, site=site)
+        chosen = loaded.select(ratio, strategy, split=split, seed=seed)
         out.mkdir(parents=True, exist_ok=True)
         paths = {modality: out / f"neurons-{modality}.safetensors" for modality in chosen}
         if others := sorted(set(out.glob("neurons-*.safetensors")) - set(paths.values())):
@@ -148,7 +147,6 @@ def ablate(
     at: Annotated[str | None, typer.Option(help="Only at this modality's tokens.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 32,
     sound: Annotated[Path | None, typer.Option(help="A sound to ask about.")] = None,
-    site: Annotated[str | None, typer.Option(help="Site the neurons must be of.")] = None,
 ) -> None:
     """Answer a question with and without the neurons."""
     import miner_lens as ml
@@ -163,7 +161,7 @@ def ablate(
             content.insert(0, {"type": "audio", "audio": sound})
         messages = [{"role": "user", "content": content}]
         intact = ml.generate(bridge, messages, max_new_tokens)
-        with ml.ablate(bridge, chosen, _value(value), at=at, site=site):
+        with ml.ablate(bridge, chosen, _value(value), at=at):
             ablated = ml.generate(bridge, messages, max_new_tokens)
     typer.echo(f"intact:  {intact}")
     typer.echo(f"ablated: {ablated}")

@@ -125,6 +125,17 @@ def test_a_private_name_hung_on_an_object_is_found() -> None:
     assert found == "guest.py:1: model._ours"
 
 
+def test_errors_are_no_assertions() -> None:
+    """A user who meets an AssertionError is not told what to do, and `python -O` has none."""
+    found = [
+        f"{path}:{node.lineno}"
+        for path, tree in sources("miner_lens", "adapters").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert not found
+
+
 FLOORS = sorted(path.parent for path in ROOT.glob("miner_lens/*/__init__.py"))
 
 

@@ -110,7 +110,8 @@ class VisionTower(Tower):
         """Queries and keys by head, rotated as the tower rotates them."""
         from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-        assert rotary is not None
+        if rotary is None:
+            raise ValueError("The queries are rotated: give what `rotary` returns, not None.")
         query, key, _ = rearrange(
             seen[0],
             "patch (part head d_head) -> part patch head d_head",

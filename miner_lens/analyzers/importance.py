@@ -154,7 +154,7 @@ def mine(
         data: Samples, or prepared pairs `(model_inputs, masks)`.
         attention: `"bidirectional"`, as published, or `"causal"`, as the model attends.
         batch_size: Samples in one forward pass, or `"auto"`; changes speed, not results.
-        limit: Stop after this many samples.
+        limit: So many samples at most, the first ones; a prepared pair counts as one.
         on_error: `"raise"` or `"skip"` samples that cannot be used.
         progress: Whether to show a progress bar.
         checkpoint: A folder from which a run that was stopped continues.

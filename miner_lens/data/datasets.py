@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from miner_lens.data.rows import from_rows
 from miner_lens.data.sample import Sample
@@ -44,11 +44,22 @@ DESCRIPTIONS = (
 
 
 class SampleList(list[Sample]):
-    """Samples that know what data set they are, for the scores mined from them."""
+    """Samples that know what data set they are, for the scores mined from them; so do slices."""
 
     def __init__(self, samples: Iterable[Sample], name: str) -> None:
         super().__init__(samples)
         self.name = name
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> SampleList: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Sample | SampleList:
+        if isinstance(index, slice):
+            return SampleList(super().__getitem__(index), self.name)
+        return super().__getitem__(index)
 
 
 SPLITS = ("train", "test")

@@ -35,12 +35,17 @@ _aside: ContextVar[bool] = ContextVar("aside", default=False)
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Calls of the head are somebody else's than the model's own, so `one_logit` leaves them."""
+    """An analyzer's code is running: what it calls of the model is no part of the pass."""
     token = _aside.set(True)
     try:
         yield
     finally:
         _aside.reset(token)
+
+
+def is_aside() -> bool:
+    """Whether it is `aside`."""
+    return _aside.get()
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def one_logit(hf_model: Any, wanted: bool = True) -> Iterator[Inputs]:
         return
 
     def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if _aside.get() else (args[0][:, -1:], *args[1:])
+        return args if is_aside() else (args[0][:, -1:], *args[1:])
 
     handle = head.register_forward_pre_hook(cut)
     try:

@@ -92,3 +92,10 @@ class ModelIdentity:
 def _version(fingerprint: str | None) -> str:
     """Which version made a fingerprint; the first one named none."""
     return (fingerprint or "").rpartition(":")[0]
+
+
+def better_known(one: ModelIdentity | None, other: ModelIdentity | None) -> ModelIdentity | None:
+    """Of two identities of one model the one that tells more: the weights, if either does."""
+    if one is None or (one.fingerprint is None and other is not None):
+        return other
+    return one

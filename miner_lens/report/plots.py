@@ -61,26 +61,28 @@ def _draw_condition(panel: Any, off: str, line: pd.DataFrame) -> None:
         panel.fill_between(x, y - line["spread"], y + line["spread"], color=colour, alpha=0.15)
 
 
-def neurons_by_layer(neurons: Mapping[str, NeuronSet], site: str | None = None) -> Figure:
-    """How many neurons of each modality every layer has, as grouped bars.
+def neurons_by_layer(neurons: Mapping[str, NeuronSet]) -> Figure:
+    """How many neurons of each modality every layer has, as grouped bars, one panel for each site.
 
     Args:
         neurons: Sets by name, as `select` returns them.
-        site: Draw only the sets of this site; needed where there are sets of several.
 
     Raises:
-        ValueError: There are sets of several sites and none is named, or none of the one named.
+        ValueError: There are no sets.
     """
-    found = sorted({chosen.site for chosen in neurons.values()})
-    if site is None and len(found) == 1:
-        (site,) = found
-    if site not in found:
-        raise ValueError(
-            f"The neurons are of the sites {', '.join(found) or 'of no model'}, and one is drawn "
-            f"at a time; site is {site!r}. Name one of them."
-        )
-    neurons = {name: chosen for name, chosen in neurons.items() if chosen.site == site}
-    figure, (panel,) = _figure(1)
+    if not neurons:
+        raise ValueError("There are no neurons to draw: the mapping of names to sets is empty.")
+    found = list(dict.fromkeys(chosen.site for chosen in neurons.values()))
+    figure, panels = _figure(len(found))
+    for panel, site in zip(panels, found, strict=True):
+        here = {name: chosen for name, chosen in neurons.items() if chosen.site == site}
+        _draw_layers(panel, site, here)
+    panels[0].set_ylabel("neurons")
+    panels[-1].legend(title="modality", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _draw_layers(panel: Any, site: str, neurons: Mapping[str, NeuronSet]) -> None:
     width = 0.8 / len(neurons)
     for place, (modality, chosen) in enumerate(neurons.items()):
         layers = [
@@ -88,11 +90,9 @@ def neurons_by_layer(neurons: Mapping[str, NeuronSet], site: str | None = None) 
         ]
         colour = COLOURS.get(modality)
         panel.bar(layers, chosen.counts(), width, label=modality, color=colour)
-    panel.set(xlabel=f"layer of the {site}", ylabel="neurons")
+    panel.set(xlabel=f"layer of the {site}")
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(title="modality", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     panel.grid(axis="y", alpha=0.3)
-    return figure
 
 
 def _figure(panels: int) -> tuple[Figure, list[Any]]:

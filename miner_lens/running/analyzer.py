@@ -231,10 +231,13 @@ class Analyzer(ABC, Generic[R]):
         """
         if type(other) is not type(self):
             return NotImplemented
-        merged = copy(self)
-        merged.load_state_dict(self.state_dict())
+        merged = self._copied()
         merged._merge(other)
         return merged
+
+    def __radd__(self, other: object) -> Self:
+        """So that `sum` works, which begins with 0."""
+        return self._copied() if isinstance(other, int) and other == 0 else NotImplemented
 
     # What `run` calls.
 
@@ -387,6 +390,11 @@ class Analyzer(ABC, Generic[R]):
         other = copy(self)
         other.load_state_dict(state)
         self._merge(other)
+
+    def _copied(self) -> Self:
+        copied = copy(self)
+        copied.load_state_dict(self.state_dict())
+        return copied
 
     def _merge(self, other: Self) -> None:
         if self.settings != other.settings:

@@ -13,6 +13,7 @@ from torch import Tensor
 from miner_lens.data.sample import SampleError
 from miner_lens.models.access import layout
 from miner_lens.models.bridge import pass_inputs, prepare
+from miner_lens.models.forward import is_aside
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch
 
@@ -49,6 +50,8 @@ def pass_hooks(analyzers: Sequence[Any], model: Any, running: Running) -> list[H
 
 
 def _read(function: Callable[..., Tensor | None], x: Tensor, hook: Any) -> Tensor | None:
+    if is_aside():
+        return None
     try:
         return function(x, hook=hook)
     except SampleError:
@@ -60,6 +63,8 @@ def _read(function: Callable[..., Tensor | None], x: Tensor, hook: Any) -> Tenso
 
 def _hand(analyzer: Any, point: Point, running: Running, x: Tensor, hook: Any) -> None:
     batch = running()
+    if is_aside():
+        return
     if batch is not None:
         analyzer.receive(x, point, batch)
     elif point.site != "llm":
@@ -91,7 +96,7 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
         running.append(batch)
 
     def end(last_seen: Tensor, hook: Any) -> None:
-        if running:
+        if running and not is_aside():
             batch = running.pop()
             if analyzer.needs_logits:
                 batch.once("output", lambda: SimpleNamespace(logits=last_seen.detach()))

@@ -9,13 +9,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import reduce, wraps
 from itertools import pairwise
+from typing import ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Given, Made = ParamSpec("Given"), TypeVar("Made")
 
 METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
 
@@ -55,6 +58,22 @@ class Segments:
         return first, self.stops[bisect_right(self.stops, stop - 1)]
 
 
+def _exact(kernel: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Have a kernel compute in fp32 also where the model runs under autocast."""
+
+    @wraps(kernel)
+    def exact(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = first.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return kernel(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return exact
+
+
+@_exact
 def head_mean_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -168,6 +187,7 @@ class _Pattern:
         return hidden
 
 
+@_exact
 def attention_sums(
     attention: Float[Tensor, "batch query key"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch direction modality pos"]:
@@ -194,6 +214,7 @@ def attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
+@_exact
 def fused_attention_sums(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -249,6 +270,7 @@ def fused_attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
+@_exact
 def statistics(
     x: Float[Tensor, "batch pos neuron"],
     sums: Float[Tensor, "batch direction modality pos"],

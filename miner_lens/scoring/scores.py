@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from miner_lens.models.identity import ModelIdentity
+from miner_lens.models.identity import ModelIdentity, better_known
 from miner_lens.models.result import Result
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring import select
@@ -35,8 +36,8 @@ class Selection(dict[str, NeuronSet]):
 class ImportanceScores(Result):
     """Importance of every neuron to every modality, by each metric (MINER, stages 2 and 3).
 
-    Scores over the same model add up: `a + b` is what mining both sets of samples in one go
-    would have given.
+    Scores over the same model add up: `a + b`, or `sum([a, b, c])`, is what mining all samples in
+    one go would have given.
 
     Attributes:
         values: Normalised scores in [0, 1], mean over samples; a sample without a modality
@@ -142,6 +143,12 @@ class ImportanceScores(Result):
             raise KeyError(f"There is no {modality!r} here; there are {', '.join(self.modalities)}")
         return self.values[:, self.modalities.index(modality)]
 
+    def __contains__(self, modality: object) -> bool:
+        return modality in self.modalities
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modalities)
+
     def __repr__(self) -> str:
         site = "" if self.site == "llm" else f", site={self.site!r}"
         shape = f"{self.layers} layers x {self.neurons} neurons{site}"
@@ -191,9 +198,13 @@ class ImportanceScores(Result):
             occurrences=[a + b for a, b in pairs],
             skipped=self.skipped + other.skipped,
             means=means,
-            identity=self.identity or other.identity,
+            identity=better_known(self.identity, other.identity),
             info=merge_info(self.info, other.info),
         )
+
+    def __radd__(self, other: object) -> ImportanceScores:
+        """So that `sum` works, which begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     @classmethod
     def mean(cls, scores: Iterable[ImportanceScores]) -> ImportanceScores:
@@ -203,8 +214,9 @@ class ImportanceScores(Result):
         sets may have different modalities; the result has all of them.
 
         Raises:
-            ValueError: If there are none, or they are of different models, metrics or attention
-                modes.
+            ValueError: If there are none, they are of different models, metrics or attention
+                modes, or one of several is such a mean already.
+            TypeError: If they are no scores.
 
         Example:
             >>> pictures = ImportanceScores(torch.full((5, 1, 1, 1), 0.5), ["image"])
@@ -215,6 +227,18 @@ class ImportanceScores(Result):
         sets = list(scores)
         if not sets:
             raise ValueError("ImportanceScores.mean needs the scores of at least one data set.")
+        for one in sets:
+            if not isinstance(one, ImportanceScores):
+                raise TypeError(
+                    "ImportanceScores.mean needs a list of ImportanceScores, one for each data "
+                    f"set; it has {type(one).__name__}."
+                )
+            if one.data_sets > 1 and len(sets) > 1:
+                raise ValueError(
+                    f"One of these scores is the mean of {one.data_sets} data sets already, and "
+                    "those would count less than the others. Give the scores of all data sets at "
+                    "once: ImportanceScores.mean([a, b, c])."
+                )
         for one, other in ((a, b) for i, a in enumerate(sets) for b in sets[i + 1 :]):
             one._check(other)
         modalities = list(dict.fromkeys(name for one in sets for name in one.modalities))
@@ -241,7 +265,7 @@ class ImportanceScores(Result):
             skipped=sum(one.skipped for one in sets),
             data_sets=sum(one.data_sets for one in sets),
             means=torch.stack(means) if with_means else None,
-            identity=next((one.identity for one in sets if one.identity is not None), None),
+            identity=reduce(better_known, [one.identity for one in sets]),
             info=info,
         )
 
@@ -252,7 +276,6 @@ class ImportanceScores(Result):
         weights: Sequence[float] | Mapping[str, float] | None = None,
         split: str | None = None,
         seed: int = 0,
-        site: str | None = None,
     ) -> Selection:
         """Modality-specific neurons: for each modality, a set of them (MINER, stage 4).
 
@@ -266,18 +289,12 @@ class ImportanceScores(Result):
                 there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
                 that occur in the data.
             seed: Seed of "random".
-            site: The site that the scores must be of; default their own.
 
         Raises:
             ValueError: If an argument is unknown or out of range, none of the split's
-                modalities occurs, the ratio leaves a modality or layer without a neuron, the
-                scores contain NaN, or they are of another site.
+                modalities occurs, the ratio leaves a modality or layer without a neuron, or the
+                scores contain NaN.
         """
-        if site not in (None, self.site):
-            raise ValueError(
-                f"These scores are of site {self.site!r}, not {site!r}. Mine that site with "
-                f"mine(..., site={site!r})."
-            )
         counts = dict(zip(self.modalities, self.occurrences, strict=True))
         if split is None:
             fitting = (name for name, parts in select.SPLITS.items() if counts.get(parts[0]))

@@ -148,7 +148,8 @@ def train_tower(
     """
     tokenizer = processor.tokenizer
     ids = [tokenizer(f" {word}").input_ids for word in vocabulary()]
-    assert all(len(token) == 1 for token in ids)
+    if any(len(token) != 1 for token in ids):
+        raise ValueError("Each word of the vocabulary must be one token. Train a tokenizer on it.")
     embeddings: Any = model.get_input_embeddings()
     words = embeddings.weight[[*itertools.chain(*ids), tokenizer.pad_token_id]].detach()
     norm = words.norm(dim=1).mean()
@@ -221,7 +222,7 @@ class Lessons:
 
     def __init__(self, clips: Clips, rng: random.Random) -> None:
         self.clips, self.rng = clips, rng
-        self.described = [row for row, scene in enumerate(clips.scenes) if scene is not None]
+        self.described = {row: scene for row, scene in enumerate(clips.scenes) if scene is not None}
         self.heard = [scene for scene in speak.SCENES if not scene.is_unheard]
         self.spoken: dict[str, list[int]] = defaultdict(list)
         for row, text in enumerate(clips.texts):
@@ -233,7 +234,7 @@ class Lessons:
         if kind == "text":
             return [self._written() for _ in range(64)]
         times = 2 if kind == "audio" else 1
-        clips = self.rng.sample(self.described, 16)
+        clips = self.rng.sample(list(self.described), 16)
         return [self._about(clip, kind) for clip in clips for _ in range(times)]
 
     def _written(self) -> Row:
@@ -243,8 +244,7 @@ class Lessons:
         return Row((), f"{description} {question.text}", question.answer)
 
     def _about(self, clip: int, kind: str) -> Row:
-        scene = self.clips.scenes[clip]
-        assert scene is not None
+        scene = self.described[clip]
         question = speak.ask_any(scene, self.rng)
         if kind == "audio":
             return Row((clip,), question.text, question.answer)

@@ -19,7 +19,7 @@ from torch import Tensor
 import miner_lens as ml
 from miner_lens import files
 from miner_lens.analyzers.attention_sums import AttentionSums
-from miner_lens.models import access
+from miner_lens.models import access, generation
 from miner_lens.scoring import kernels
 from tests import towers
 from tests.analyzers.own import LastToken, Sparsity, data
@@ -117,6 +117,19 @@ def test_halves_make_the_whole(shapes: Any, samples: list[ml.Sample]) -> None:
             if isinstance(merged, Sparsity):
                 close(merged.result(), all_.result())
     assert all(torch.equal(t, before[name]) for name, t in halves[0][0].state_dict().items())
+
+
+def test_sum(shapes: Any, samples: list[ml.Sample]) -> None:
+    parts = [Sparsity(), Sparsity(), Sparsity()]
+    for number, part in enumerate(parts):
+        run(shapes, samples[5 * number : 5 * number + 5], part)
+    whole = Sparsity()
+    close(sum(parts).result(), run(shapes, samples[:15], whole))  # type: ignore[attr-defined]
+    alone = sum(parts[:1])
+    run(shapes, samples[:1], alone)
+    assert (parts[0].samples, alone.samples) == (5, 6)  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + whole
 
 
 def start(folder: Path, *arguments: Any, **env: str) -> subprocess.Popen[str]:
@@ -253,12 +266,14 @@ def test_labels(shapes: Any, samples: list[ml.Sample]) -> None:
 def test_state_goes_through_files(shapes: Any, samples: list[ml.Sample], tmp_path: Path) -> None:
     for analyzer, result in ((Sparsity(), Sparsity.result), (LastToken(), LastToken.result)):
         run(shapes, samples[:5], analyzer)
-        analyzer.skip(2)
+        for reason in ("first: no such file", "second/third: NaN"):
+            analyzer.skip(reason)
         files.write(tmp_path / "state", "test", analyzer.state_dict(), {})
         again = type(analyzer)()
         again.load_state_dict(files.read(tmp_path / "state", "test")[0])
         assert (again.samples, again.skipped, again.occurrences) == (5, 2, analyzer.occurrences)
         assert list(again.occurrences) == list(analyzer.occurrences)
+        assert again.reasons == ("first: no such file", "second/third: NaN")
         for name, tensor in result(analyzer).items():
             assert torch.equal(result(again)[name], tensor)
         run(shapes, samples[5:], again)
@@ -573,3 +588,122 @@ def test_gradients_come_later(small: Any) -> None:
     for call in (lambda one: run(small, pairs(), one), lambda one: one.hooks(small)):
         with pytest.raises(ValueError, match=r"Gradients needs gradients.*no backward pass yet"):
             call(Gradients())
+
+
+class Loss(LayerZero):
+    """Cross-entropy of the next token, by the model's logits and by its head on what it reads."""
+
+    needs_logits = True
+
+    def __init__(self, model: Any) -> None:
+        self._head = model.original_model.get_output_embeddings()
+
+    def points(self, model: Any) -> list[ml.Point]:
+        return [ml.Point("ln_final.hook_out", 0)]
+
+    def see(self, x: Tensor, point: ml.Point, batch: ml.Batch) -> None:
+        self.sum("by head", self.loss(self._head(x), batch))
+
+    def finish(self, batch: ml.Batch) -> None:
+        self.sum("by logits", self.loss(batch.output.logits, batch))
+
+    def loss(self, logits: Tensor, batch: ml.Batch) -> Tensor:
+        ids, both = batch.inputs["input_ids"], batch.real[:, 1:] & batch.real[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+        return losses[both].sum()
+
+    def result(self) -> Tensor:
+        return torch.stack([self["by head"], self["by logits"]])
+
+
+class HeadOnly(Loss):
+    """Calls the head by itself, and leaves the model's logits to the last position."""
+
+    needs_logits = False
+
+    def finish(self, batch: ml.Batch) -> None:
+        self.sum("by logits", batch.output.logits.shape[1])
+
+
+def losses_by_hand(model: Any, samples: Iterable[ml.Sample]) -> float:
+    total = 0.0
+    for sample in samples:
+        inputs = generation.prepare_inputs(model, [sample.messages])
+        with torch.no_grad():
+            logits = model.original_model(**inputs).logits
+        ids = inputs["input_ids"]
+        total += float(
+            torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+        )
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_logits_of_all_positions(
+    shapes: Any, samples: list[ml.Sample], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = losses_by_hand(shapes, samples)
+    together = run(shapes, samples, Loss(shapes), HeadOnly(shapes), batch_size=batch_size)
+    assert together[0].tolist() == pytest.approx([expected, expected], rel=1e-5)
+    forward = shapes.original_model.forward
+
+    def old(*args: Any, **kwargs: Any) -> Any:  # a family whose forward has no logits_to_keep
+        return forward(*args, **kwargs)
+
+    for one in (forward, old):
+        monkeypatch.setattr(shapes.original_model, "forward", one)
+        alone = run(shapes, samples, HeadOnly(shapes), batch_size=batch_size)
+        passes = -(-len(samples) // batch_size)
+        assert alone.tolist() == pytest.approx([expected, passes], rel=1e-5)
+
+
+def test_no_state_keeps_a_graph(shapes: Any, samples: list[ml.Sample]) -> None:
+    analyzer = Loss(shapes)
+    inputs = ml.inputs(shapes, samples[0].messages)
+    assert torch.is_grad_enabled()
+    shapes.run_with_hooks(inputs.pop("input"), fwd_hooks=analyzer.hooks(shapes), **inputs)
+    assert not any(tensor.requires_grad for tensor in analyzer.state_dict().values())
+    expected = losses_by_hand(shapes, samples[:1])
+    assert analyzer.result().tolist() == pytest.approx([expected, expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
+def test_generating_counts_the_prompt_once(
+    shapes: Any, samples: list[ml.Sample], options: dict[str, Any]
+) -> None:
+    analyzer = Sparsity()
+    with shapes.hooks(fwd_hooks=analyzer.hooks(shapes)):
+        for sample in samples[:2]:
+            ml.generate(shapes, sample.messages, 4, min_new_tokens=4, **options)
+    assert analyzer.samples == 2
+    close(analyzer.result(), sparsity_by_hand(shapes, samples[:2]))
+
+
+def test_an_output_before_the_pass_is_over(small: Any) -> None:
+    with pytest.raises(RuntimeError, match="use it in finish"):
+        run(small, pairs(), with_see(lambda *given: given[-1].output))
+
+
+@pytest.mark.parametrize("name", ["see", "finish"])
+def test_a_value_error_of_the_authors_is_no_bad_sample(small: Any, name: str) -> None:
+    analyzer = with_see(lambda *_: None)
+
+    def wrong(*_: Any) -> None:
+        raise ValueError("of the author's")
+
+    setattr(analyzer, name, wrong)
+    with pytest.raises(RuntimeError, match=f"{name} failed.*of the author's"):
+        run(small, pairs(), analyzer, on_error="skip")
+
+
+def test_a_value_error_of_a_shared_reader_is_no_bad_sample(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise ValueError("of a kernel")
+
+    monkeypatch.setattr(kernels, "fused_attention_sums", wrong)
+    with pytest.raises(RuntimeError, match=r"hook_rot_k failed: of a kernel"):
+        run(small, pairs(), ml.ImportanceAnalyzer(), on_error="skip")

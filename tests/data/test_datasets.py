@@ -67,6 +67,13 @@ def test_a_limit_is_deterministic_nested_and_mixed():
     assert load("easy-vqa", limit=0) == []
 
 
+def test_slices_keep_the_name():
+    data = load("spoken-scenes", limit=6, ask="text")
+    assert data.name == data[:3].name == data[::-2].name == "spoken-scenes/test/text"
+    assert data[1:3] == [data[1], data[2]]
+    assert data[-1] == list(data)[5]
+
+
 def test_descriptions_are_varied():
     texts = {describe("circle", "red", image_id) for image_id in range(100)}
     assert len(texts) == len(DESCRIPTIONS) >= 12

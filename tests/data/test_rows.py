@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -68,11 +69,18 @@ def test_rows_by_functions() -> None:
     assert data[0] == ml.Sample(MESSAGES, "yes")
 
 
+def test_a_table_of_pandas() -> None:
+    table = pd.DataFrame({"truth": ["yes", "no"], "number": [4, 5]}, index=[7, 0])
+    data = ml.datasets.from_rows(table, lambda row: MESSAGES, answers="truth", id="number")
+    assert len(data) == 2
+    assert list(data) == [ml.Sample(MESSAGES, "yes", "4"), ml.Sample(MESSAGES, "no", "5")]
+
+
 def test_columns_that_are_not_there() -> None:
     table = [{"talk": MESSAGES, "truth": "yes"}]
     with pytest.raises(ValueError, match=r"no column 'lable' for the answers.*'talk', 'truth'"):
         ml.datasets.from_rows(table, "talk", answers="lable")[0]
-    with pytest.raises(TypeError, match=r"not str.*to_dict"):
+    with pytest.raises(TypeError, match=r"not str.*a list of dicts"):
         next(iter(ml.datasets.from_rows({"talk": MESSAGES}, "talk")))
 
 
@@ -208,3 +216,19 @@ def test_keys_without_a_value_are_no_media() -> None:
         load_media([{"role": "user", "content": None}])
     with pytest.raises(ml.SampleError, match="needs a type"):
         load_media([{"role": "user", "content": [{"type": None, "text": "a"}]}])
+    with pytest.raises(ml.SampleError, match="a string or a list of parts, not 3"):
+        load_media([{"role": "user", "content": 3}])
+
+
+def test_images_are_turned_upright_wherever_they_come_from(tmp_path: Path) -> None:
+    """A photograph of a camera held sideways: green is above red, and the file says so by EXIF."""
+    upright = Image.new("RGB", (8, 16), "red")
+    upright.paste("lime", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[274] = 6  # turn it by 90 degrees to the right
+    path = tmp_path / "photograph.png"
+    upright.rotate(90, expand=True).save(path, exif=exif)
+    for source in (path, path.read_bytes(), Image.open(path)):
+        content = [{"type": "image", "image": source}]
+        (message,) = load_media([{"role": "user", "content": content}])
+        assert message["content"][0]["image"].tobytes() == upright.tobytes()

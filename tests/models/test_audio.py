@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 import miner_lens as ml
+from miner_lens.data.media import load_sound
 from miner_lens.models import access as miner_models
 from miner_lens.models import generation
 
@@ -87,6 +90,17 @@ def ask(*parts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}]
 
 
+class Decoder:
+    """What a data set with a column of sounds gives."""
+
+    def __init__(self, samples: np.ndarray) -> None:
+        self.samples = samples
+
+    def get_all_samples(self) -> Any:
+        channels = torch.tensor(np.stack([self.samples * 1.2, self.samples * 0.8]))
+        return SimpleNamespace(data=channels, sample_rate=RATE)
+
+
 CONVERSATIONS = {
     "one clip": ask(clip(1)),
     "two clips": ask(clip(0.3), clip(1.7, 200)),
@@ -150,6 +164,7 @@ def test_files_bytes_arrays_rates_and_channels(hears: Any, tmp_path: Path) -> No
         "text path": str(path),
         "bytes": path.read_bytes(),
         "integers": integers,
+        "as torchcodec gives it": Decoder(tone(1)),
         "stereo": np.stack([tone(1) * 1.2, tone(1) * 0.8], axis=1),
         "as data sets give it": {"array": tone(1), "sampling_rate": RATE},
         "another rate": {"array": tone(1, rate=44_100), "sampling_rate": 44_100},
@@ -164,14 +179,55 @@ def test_files_bytes_arrays_rates_and_channels(hears: Any, tmp_path: Path) -> No
         assert away.mean() < (0.05 if name == "another rate" else 0.005), name
 
 
+def vorbis(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="OGG", subtype="VORBIS")
+    return file.getvalue()
+
+
+def test_lossy_files_that_overshoot_are_clipped(hears: Any, tmp_path: Path) -> None:
+    file = vorbis(np.sign(tone(1)))
+    decoded, _ = soundfile.read(io.BytesIO(file))
+    assert np.abs(decoded).max() > 1.01
+    clipped = decoded.clip(-1, 1)
+    (tmp_path / "loud.ogg").write_bytes(file)
+    for source in (file, tmp_path / "loud.ogg", decoded):
+        heard = load_sound(source, RATE, hears.processor)
+        assert heard.dtype == np.float32
+        np.testing.assert_allclose(heard, clipped, atol=1e-6)
+    # Each channel by itself, before they are mixed.
+    stereo = np.stack([decoded, np.zeros(RATE)], 1)
+    np.testing.assert_allclose(load_sound(stereo, RATE, hears.processor), clipped / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint16", "int32", "float16"])
+def test_full_scale_of_each_type(hears: Any, kind: str) -> None:
+    size = 2 ** (8 * np.dtype(kind).itemsize - 1)
+    middle = size if kind.startswith("u") else 0
+    samples = tone(1) if kind == "float16" else np.round(tone(1) * size + middle)
+    heard = load_sound(samples.astype(kind), RATE, hears.processor)
+    np.testing.assert_allclose(heard, tone(1), atol=max(1 / size, 2e-4))
+
+
+def test_silence_is_a_sound(hears: Any) -> None:
+    silent = {"type": "audio", "audio": np.zeros(RATE), "sampling_rate": RATE}
+    scores = ml.mine(hears, [ml.Sample(ask(silent))], progress=False)
+    assert scores.occurrences[scores.modalities.index("audio")] == 1
+    assert scores.values.isfinite().all()
+    assert scores["audio"].any()
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"audio": np.zeros(RATE), "sampling_rate": RATE}, "silent"),
         ({"audio": np.zeros(0), "sampling_rate": RATE}, "not empty"),
         ({"audio": np.ones(1), "sampling_rate": RATE}, "at least 0.03 s"),
         ({"audio": np.full(RATE, np.nan), "sampling_rate": RATE}, "NaN"),
-        ({"audio": 3 * tone(1), "sampling_rate": RATE}, "exceeds full scale"),
+        ({"audio": 32768 * tone(1), "sampling_rate": RATE}, "not scaled: its peak is 1.64e"),
+        ({"audio": np.ones(RATE, np.int64), "sampling_rate": RATE}, "32 bits, not int64"),
+        ({"audio": np.full(RATE, "a"), "sampling_rate": RATE}, "32 bits, not <U1"),
+        ({"audio": tone(1), "sampling_rate": 0}, "The rate is 0"),
+        ({"audio": np.ones((2, RATE)), "sampling_rate": RATE}, "transpose"),
         ({"audio": tone(SECONDS + 0.1), "sampling_rate": RATE}, "the model hears 2 s"),
         ({"audio": tone(1)}, "needs its rate"),
         ({"audio": np.ones((2, 2, 2)), "sampling_rate": RATE}, r"\[2, 2, 2\]"),

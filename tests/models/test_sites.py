@@ -263,7 +263,7 @@ def test_zero_is_zeroed_weights(case: Any) -> None:
         torch.testing.assert_close(logits(model, inputs), theirs, atol=1e-5, rtol=0)
     assert torch.equal(logits(model, inputs), before)
     bridge = ml.wrap(model)
-    with ml.ablate(bridge, chosen(site, bridge), site=site):
+    with ml.ablate(bridge, chosen(site, bridge)):
         torch.testing.assert_close(logits(bridge, inputs), theirs, atol=1e-5, rtol=0)
         scores = mine(bridge, inputs, site=site)
         for layer, neuron in chosen(site):
@@ -341,7 +341,7 @@ def test_neurons_know_their_site(case: Any, tmp_path: Path) -> None:
     assert loaded.site == site
     assert f"site={site!r}" in repr(loaded)
     assert set(loaded.to_frame()["site"]) == {site}
-    selected = loaded.select(0.1, site=site)
+    selected = loaded.select(0.1)
     medium = "audio" if site == "audio" else "image"
     neurons = selected[medium]
     assert neurons.site == site
@@ -354,23 +354,26 @@ def test_neurons_know_their_site(case: Any, tmp_path: Path) -> None:
     assert ml.NeuronSet.load(tmp_path / "bare.safetensors") == chosen(site)
     with ml.ablate(bridge, selected, "mean"):
         assert logits(bridge, inputs).isfinite().all()
-    axes = plots.neurons_by_layer(selected, site=site).axes[0]
-    assert axes.get_xlabel() == f"layer of the {site}"
+    decoder = ml.NeuronSet([(1, 2), (1, 3)], layers=2, neurons=48)
+    figure = plots.neurons_by_layer(selected | {"of the decoder": decoder})
+    assert [panel.get_xlabel() for panel in figure.axes] == [
+        f"layer of the {site}",
+        "layer of the llm",
+    ]
+    heights = [bar.get_height() for bar in figure.axes[1].patches]
+    assert heights == [0, 2]
+
+
+def call_an_activation_alone(bridge: Any) -> None:
+    with ml.ablate(bridge, chosen("vision"), "min"):
+        models.mlps(bridge, "vision")[0].activation(torch.randn(3, 40))
 
 
 def errors() -> Iterator[Any]:
-    def scores(bridge: Any, inputs: Any) -> Any:
-        return mine(bridge, inputs, site="vision")
-
     llm = ml.NeuronSet([(0, 0)], layers=2, neurons=48)
     yield "'audio' is not one of its sites", lambda b, i: mine(b, i, site="audio")
     yield r"'tower' is not a site \(llm, vision", lambda b, i: mine(b, i, site="tower")
     yield "no site 'tower'", lambda b, i: ml.NeuronSet([], layers=1, neurons=1, site="tower")
-    yield "site 'vision', not 'llm'", lambda b, i: scores(b, i).select(0.1, site="llm")
-    yield (
-        "site 'vision', not 'llm'",
-        lambda b, i: ml.ablate(b, chosen("vision"), site="llm").__enter__(),
-    )
     yield (
         "different sites do not mix",
         lambda b, i: llm | ml.NeuronSet([(0, 0)], layers=2, neurons=48, site="vision"),
@@ -395,9 +398,10 @@ def errors() -> Iterator[Any]:
             [], layers=3, neurons=40, identity=models.identity(b, "vision"), site="llm"
         ),
     )
+    yield "no neurons to draw", lambda b, i: plots.neurons_by_layer({})
     yield (
-        "one is drawn at a time",
-        lambda b, i: plots.neurons_by_layer({"a": llm, "b": chosen("vision")}),
+        "needs to see the vision tower called as a whole",
+        lambda b, i: call_an_activation_alone(b),
     )
 
 

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import miner_lens as ml
 from miner_lens import files
+from miner_lens.data.signature import signature
+from miner_lens.models import access
 from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint, Record
 from miner_lens.running.shards import Items, Shard
 
@@ -474,3 +478,93 @@ def test_other_runs_are_refused(shapes: Any, data: list[ml.Sample], tmp_path: Pa
     with pytest.raises(ValueError, match="holds another run"):
         mine(half, data[:8], tmp_path)
     same(mine(shapes, data[:8], tmp_path), mine(shapes, data[:8]))
+
+
+class Above(ml.Analyzer[torch.Tensor]):
+    """How often X is above thresholds, which it keeps under a private name."""
+
+    def __init__(self, thresholds: Any, by: Any = torch.sub) -> None:
+        self._thresholds, self._by = thresholds, by
+
+    def points(self, model: Any) -> list[ml.Point]:
+        return ml.activation_points(model)[:1]
+
+    def see(self, x: torch.Tensor, point: ml.Point, batch: ml.Batch) -> None:
+        self.sum("above", (self._by(x[batch.real], self._thresholds) > 0).sum())
+
+    def result(self) -> torch.Tensor:
+        found: torch.Tensor = self["above"]
+        return found
+
+
+def painted(sample: ml.Sample, colour: str) -> ml.Sample:
+    image, text = sample.messages[0]["content"]
+    other = Image.new("RGB", (64, 64), colour)
+    return replace(
+        sample, messages=[{"role": "user", "content": [{**image, "image": other}, text]}]
+    )
+
+
+def test_another_experiment_is_not_continued(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    def begin(analyzer: Any, samples: Any, folder: str, model: Any = shapes) -> Any:
+        options = {"batch_size": 2, "progress": False, "checkpoint": tmp_path / folder}
+        return ml.run(model, samples, analyzer, **options)  # type: ignore[arg-type]
+
+    few = data[:4]
+    first, second = torch.tensor(0.1), torch.tensor(0.2)
+    begin(Above(first), few, "parameters")
+    begin(Above(first.clone()), few, "parameters")
+    for other in (Above(second), Above(first, torch.add)):
+        with pytest.raises(ValueError, match="holds another run"):
+            begin(other, few, "parameters")
+
+    neurons = [ml.NeuronSet.of([(0, 1), (2, n)], shapes) for n in (3, 4)]
+    with ml.ablate(shapes, neurons[0]):
+        ablated = begin(Above(first), few, "ablated")
+        begin(Above(first), few, "ablated")
+    assert ablated != begin(Above(first), few, "parameters")
+    with pytest.raises(ValueError, match="holds another run"):
+        begin(Above(first), few, "ablated")
+    with pytest.raises(ValueError, match="holds another run"), ml.ablate(shapes, neurons[1]):
+        begin(Above(first), few, "ablated")
+    with pytest.raises(ValueError, match="holds another run"), ml.ablate(shapes, neurons[0], 1.0):
+        begin(Above(first), few, "ablated")
+    hook = ("blocks.0.hook_out", lambda x, hook: x * 0)
+    with pytest.raises(ValueError, match="holds another run"), shapes.hooks(fwd_hooks=[hook]):
+        begin(Above(first), few, "parameters")
+    half = ml.load("shapes", device="cpu", dtype="bfloat16")
+    with pytest.raises(ValueError, match="holds another run"):
+        begin(Above(first), few, "parameters", half)
+
+    seen = next(sample for sample in data if sample.messages[0]["content"][0]["type"] == "image")
+    begin(Above(first), [painted(seen, "red")], "images")
+    begin(Above(first), [painted(seen, "red")], "images")
+    with pytest.raises(ValueError, match="written over other data"):
+        begin(Above(first), [painted(seen, "blue")], "images")
+    with pytest.raises(ValueError, match="written over other data"):
+        begin(Above(first), [replace(painted(seen, "red"), label="b")], "images")
+
+    inputs = ml.inputs(shapes, seen.messages)
+    masks = access.layout(shapes).masks(inputs["input"])
+    begin(Above(first), [(inputs, masks)], "pairs")
+    begin(Above(first), [(dict(inputs), dict(masks))], "pairs")
+    fewer = masks | {"text": masks["text"] & (torch.arange(inputs["input"].shape[1]) > 20)}
+    brighter = inputs | {"pixel_values": inputs["pixel_values"] + 0.1}
+    for pair in ((inputs, fewer), (brighter, masks)):
+        with pytest.raises(ValueError, match="written over other data"):
+            begin(Above(first), [pair], "pairs")
+
+
+def test_files_are_told_by_name_and_size(tmp_path: Path) -> None:
+    """So that data may move, and are not opened."""
+    for folder, size in (("here", 10), ("there", 10), ("elsewhere", 11)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(b"x" * size)
+
+    def of(folder: str) -> int:
+        part = {"type": "image", "image": str(tmp_path / folder / "a.png")}
+        return signature(ml.Sample([{"role": "user", "content": [part]}]))
+
+    assert of("here") == of("there") != of("elsewhere")

@@ -218,6 +218,18 @@ def test_any_iterable_and_limit(shapes: Any, samples: list[ml.Sample]) -> None:
             yield from samples
 
     assert mine(shapes, forever(), limit=7, batch_size=2).samples == 7
+    for data in (samples, iter(samples)):
+        for limit in (0, -1):
+            with pytest.raises(ValueError, match=f"limit is {limit}; give a number of samples"):
+                mine(shapes, data, limit=limit)
+
+
+def test_a_limit_counts_samples_everywhere(shapes: Any) -> None:
+    both = ml.datasets.load("easy-vqa", limit=5, ask="both")
+    assert len(both) == 5
+    named = {"all": both, "more": both}
+    for data, limit, seen in ((both, None, 5), (iter(both), 3, 3), (both, 9, 5), (named, 6, 6)):
+        assert mine(shapes, data, limit=limit).samples == seen
 
 
 def test_eager_bridges_are_mined_fused_and_stay_eager(samples: list[ml.Sample]) -> None:
@@ -320,6 +332,40 @@ def test_skipping_nan_leaves_the_others(tiny: Any) -> None:
     handle.remove()
     assert [s.samples for s in scores] == [2, 2]
     close(scores[0], mine(tiny, [data[0], data[2]]))
+
+
+def test_what_was_skipped_and_why(shapes: Any, samples: list[ml.Sample]) -> None:
+    broken = [sample(f"broken {n}", {"type": "image", "image": f"no/{n}.png"}) for n in range(8)]
+    analyzer = ml.ImportanceAnalyzer()
+    with pytest.warns(
+        UserWarning, match=r"8 of 10 samples were skipped. broken 0: .*no/0.png"
+    ) as w:
+        ml.run(
+            shapes,
+            [*samples[:2], *broken],
+            analyzer,
+            on_error="skip",
+            progress=False,
+            batch_size=3,
+        )
+    assert len(w) == 1
+    assert analyzer.skipped == 8
+    assert [reason.split(":")[0] for reason in analyzer.reasons] == [
+        f"broken {n}" for n in range(5)
+    ]
+
+
+def test_pairs_with_more_than_inputs(tiny: Any) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mask = {"text": torch.ones(1, 4) > 0}
+    plain = mine(tiny, [({"input_ids": ids}, mask)])
+    more = {"labels": ids, "use_cache": True, "logits_to_keep": 2, "return_dict": False}
+    close(mine(tiny, [({"input_ids": ids, **more}, mask)]), plain, atol=0)
+    square = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be of shape \(1, 4\).*\(1, 1, 4, 4\)"
+    ):
+        mine(tiny, [({"input_ids": ids, "attention_mask": square}, mask)])
 
 
 def test_bad_calls(shapes: Any, tiny: Any, samples: list[ml.Sample]) -> None:
