@@ -48,7 +48,7 @@ def test_edited_weights_are_another_model(shapes: Any, what: str) -> None:
     assert before["llm"] == identity(shapes)
     EDITS[what](model)
     for site, one in before.items():
-        with pytest.raises(ValueError, match="weights .* of the same shape"):
+        with pytest.raises(ValueError, match=r"weights .* of the same shape"):
             one.check(identity(model, site))
 
 
