@@ -53,7 +53,7 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
     for child in module._modules.values():
         if child is not None:
             yield from _weights(child)
-            yield from _adapters(_inside(child))
+            yield from _of_adapters(_inside(child))
 
 
 def _inside(module: Any) -> Any:
@@ -79,7 +79,7 @@ def _chosen(module: Any) -> Any:
     return _inside(copies[active[0]] if active else module.original_module)
 
 
-def _adapters(layer: Any) -> Iterator[Tensor]:
+def _of_adapters(layer: Any) -> Iterator[Tensor]:
     """What active PEFT adapters add to a layer's weights, scaled; nothing where that is 0."""
     if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
         return

@@ -79,6 +79,7 @@ def head_mean_attention(
     k: Float[Tensor, "batch kv_head pos d_head"],
     causal: bool = False,
     mask: Bool[Tensor, "batch pos"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch query key"]:
     """Attention pattern averaged over heads, in fp32, without a `[head, query, key]` tensor.
 
@@ -88,6 +89,7 @@ def head_mean_attention(
         causal: Whether a query sees only the keys up to its own position. The published
             MINER code sees all of them, hence the default.
         mask: True at real tokens. Padding keys get no weight; rows of padding queries are 0.
+        scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
 
     Raises:
         ValueError: If the key heads do not divide the query heads, or there are not as many keys
@@ -98,7 +100,7 @@ def head_mean_attention(
         >>> head_mean_attention(q, k, causal=True)[0, 1]
         tensor([0.5000, 0.5000, 0.0000])
     """
-    pattern = _Pattern(q, k, causal, mask)
+    pattern = _Pattern(q, k, causal, mask, scale=scale)
     batch, _, pos, _ = q.shape
     attention = q.new_zeros(batch, pos, pos, dtype=torch.float32)
     for start, stop in pattern.chunks():
@@ -116,6 +118,7 @@ class _Pattern:
         causal: bool,
         mask: Bool[Tensor, "batch pos"] | None = None,
         segments: Segments | None = None,
+        scale: float | None = None,
     ) -> None:
         self.batch, self.heads, self.pos, d_head = q.shape
         kv_heads = k.shape[1]
@@ -139,7 +142,7 @@ class _Pattern:
         self.k = rearrange(
             k.detach().float(), "batch kv_head key d_head -> kv_head batch d_head key"
         )
-        self.scale = d_head**-0.5
+        self.scale = d_head**-0.5 if scale is None else scale
         self.causal = causal
         self.mask = mask
         self.segments = segments
@@ -222,6 +225,7 @@ def fused_attention_sums(
     causal: bool = False,
     mask: Bool[Tensor, "batch pos"] | None = None,
     segments: Segments | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch direction modality pos"]:
     """What `attention_sums` makes of `head_mean_attention`, from queries and keys alone.
 
@@ -236,6 +240,7 @@ def fused_attention_sums(
         causal: Whether a query sees only the keys up to its own position.
         mask: True at real tokens; padding keys get no weight.
         segments: Which positions attend to each other; default all.
+        scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
 
     Raises:
         ValueError: As `head_mean_attention`.
@@ -247,7 +252,7 @@ def fused_attention_sums(
         tensor([[1., 1., 0.],
                 [1., 1., 0.]])
     """
-    pattern = _Pattern(q, k, causal, mask, segments)
+    pattern = _Pattern(q, k, causal, mask, segments, scale)
     inside = masks.float()
     over_query = torch.zeros_like(inside)
     attn_k, attn_q = torch.zeros_like(inside), torch.zeros_like(inside)
