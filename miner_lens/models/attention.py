@@ -44,6 +44,13 @@ def attentions_of(bridge: Any) -> list[Any]:
     return [block.attn for block in bridge.blocks if "attn" in block._modules]
 
 
+def scale_of(attention: Any) -> float | None:
+    """What a layer's attention multiplies QK^T by, or None where its module does not say."""
+    module = getattr(attention, "original_component", None) or attention
+    scale = getattr(module, "scaling", None)
+    return float(scale) if isinstance(scale, int | float) else None
+
+
 def install(attentions: list[Any]) -> None:
     """Make native attention bridges fire `hook_rot_q` and `hook_rot_k`.
 

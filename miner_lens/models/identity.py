@@ -89,6 +89,11 @@ class ModelIdentity:
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
+def _version(fingerprint: str | None) -> str:
+    """Which version made a fingerprint; the first one named none."""
+    return (fingerprint or "").rpartition(":")[0]
+
+
 def better_known(one: ModelIdentity | None, other: ModelIdentity | None) -> ModelIdentity | None:
     """Of two identities of one model the one that tells more: the weights, if either does."""
     if one is None or (one.fingerprint is None and other is not None):

@@ -23,7 +23,7 @@ from transformers import (
 import miner_lens as ml
 from miner_lens.models.access import identity, layout, mlps
 from miner_lens.models.bridge import pass_inputs, prepare
-from tests.towers import TEXT, audio_inputs, audio_model, vision_inputs, vision_model
+from tests.towers import IMAGE, TEXT, audio_inputs, audio_model, vision_inputs, vision_model
 
 
 def llama_model() -> LlamaForCausalLM:
@@ -141,6 +141,42 @@ def test_hooks_fire_whatever_is_copied_or_set() -> None:
             assert rotated(one, inputs) == 1
     assert hooks_of(bridge) == hooks_of(copied) == first
     assert torch.equal(mined(copied, inputs), mined(bridge, inputs))
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_patterns_have_the_scale_of_the_model(attention: Any) -> None:
+    """Four times the scale and a quarter of the queries are the same model."""
+    inputs, rescaled = vision_inputs(), vision_model()
+    for layer in rescaled.get_decoder().layers:
+        layer.self_attn.scaling *= 4
+        layer.self_attn.q_proj.weight.data /= 4
+        layer.self_attn.q_proj.bias.data /= 4
+    data = [(inputs, {"text": inputs["input_ids"] != 0})]
+    bridges = [ml.wrap(model) for model in (vision_model(), rescaled)]
+    ours, theirs = (ml.mine(b, data, attention, progress=False).values for b in bridges)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+
+
+def test_ids_are_those_of_the_pass_and_not_those_that_are_embedded() -> None:
+    """Some families embed another token in the place of media, such as Gemma 3."""
+    inputs, bridge = vision_inputs(), ml.wrap(vision_model())
+    bridge.modality_layout = ml.ModalityLayout({"image": IMAGE})
+    data = [(inputs, bridge.modality_layout.masks(inputs["input_ids"], inputs["attention_mask"]))]
+    expected = ml.mine(bridge, data, progress=False)
+    neurons = ml.NeuronSet.of(SOME, bridge)
+    with ml.ablate(bridge, neurons, at="image"):
+        ablated_there = logits(bridge.original_model, inputs)
+    embedding = bridge.original_model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, ids: ids[0].masked_fill(ids[0] == IMAGE, 0))
+    analyzer = ml.ImportanceAnalyzer()
+    with bridge.hooks(fwd_hooks=analyzer.hooks(bridge)):
+        logits(bridge.original_model, inputs)
+    assert torch.equal(analyzer.result().values, expected.values)
+    with ml.ablate(bridge, neurons, at="image"):
+        assert torch.equal(logits(bridge.original_model, inputs), ablated_there)
+    hooks = ml.ablation_hooks(bridge, neurons, at="image")
+    with bridge.hooks(fwd_hooks=hooks):
+        assert torch.equal(logits(bridge.original_model, inputs), ablated_there)
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
