@@ -70,7 +70,7 @@ class ModelIdentity:
         elif self.fingerprint != other.fingerprint:
             shape = f"weights {self.fingerprint}"
             given = f"weights {other.fingerprint} of the same shape"
-            again += " To try the same neurons here all the same, use NeuronSet.transfer(identity)."
+            again += " To try the same neurons here all the same, use NeuronSet.transfer(model)."
         else:
             return
         raise ValueError(

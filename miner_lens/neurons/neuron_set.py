@@ -17,6 +17,7 @@ from miner_lens.models.access import identity as identity_of
 from miner_lens.models.identity import SITES, ModelIdentity, better_known
 from miner_lens.models.result import Result
 from miner_lens.neurons.draw import random
+from miner_lens.neurons.pairs import as_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,8 @@ class NeuronSet(Result):
     A combination of two sets has the means of both; where they differ, NaN.
 
     Args:
-        pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
+        pairs: The neurons, as `(layer, neuron)` pairs, an integer array `[n, 2]` or a DataFrame of
+            the columns layer and neuron.
         layers: Number of layers in the model.
         neurons: Number of neurons in each layer.
         identity: The model they come from, where it is known.
@@ -88,7 +90,7 @@ class NeuronSet(Result):
                 f"means has shape {list(means.shape)}; expected one mean for each of "
                 f"{layers} layers x {neurons} neurons."
             )
-        index = _indices(pairs)
+        index = as_pairs(pairs)
         outside = (index < 0) | (index >= torch.tensor([layers, neurons]))
         if outside.any():
             first = tuple(index[outside.any(1)][0].tolist())
@@ -112,7 +114,7 @@ class NeuronSet(Result):
         """A set of neurons of a model, such as those that a paper or a tool of your own names.
 
         Args:
-            pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
+            pairs: The neurons, as the constructor takes them.
             model: A `TransformerBridge` or a plain Hugging Face model.
             site: Where the neurons live.
 
@@ -157,11 +159,12 @@ class NeuronSet(Result):
         )
 
     @classmethod
-    def union(cls, sets: Iterable[NeuronSet]) -> NeuronSet:
-        """Every neuron of any of the sets.
+    def union(cls, sets: Iterable[NeuronSet] | Mapping[str, NeuronSet]) -> NeuronSet:
+        """Every neuron of any of the sets, or of what `select` returns.
 
         Raises:
             ValueError: If there are no sets, or they are of different models.
+            TypeError: If they are no sets.
 
         Example:
             >>> parts = [NeuronSet([(0, n)], layers=1, neurons=4) for n in range(3)]
@@ -169,7 +172,12 @@ class NeuronSet(Result):
             3
         """
         together: NeuronSet | None = None
-        for part in sets:
+        for part in sets.values() if isinstance(sets, Mapping) else sets:
+            if not isinstance(part, NeuronSet):
+                raise TypeError(
+                    "NeuronSet.union needs a list of NeuronSets, or a mapping of names to them; "
+                    f"it has {type(part).__name__}."
+                )
             together = part if together is None else together | part
         if together is None:
             raise ValueError("NeuronSet.union needs at least one set.")
@@ -272,15 +280,17 @@ class NeuronSet(Result):
         counts: list[int] = self._member.sum(1).tolist()
         return counts
 
-    def transfer(self, identity: ModelIdentity) -> NeuronSet:
+    def transfer(self, model: ModelIdentity | Any) -> NeuronSet:
         """The same neurons of another model of the same shape, without the mined means.
 
         Args:
-            identity: The other model's, such as `NeuronSet.of([], model, site).identity`.
+            model: The other model, or its identity.
 
         Raises:
-            ValueError: If the other model has another shape, or the identity is of another site.
+            ValueError: If the other model has another shape or no such site, or the identity is of
+                another site.
         """
+        identity = model if isinstance(model, ModelIdentity) else identity_of(model, self.site)
         return NeuronSet.from_mask(self._member, identity, site=self.site)
 
     def to_frame(self) -> pd.DataFrame:
@@ -384,23 +394,3 @@ class NeuronSet(Result):
             # NaN differs from itself, so what was once in doubt stays so in any order of sets.
             means = self._means.where(self._means == other._means, torch.nan)
         return NeuronSet.from_mask(member, identity, means, self.site)
-
-
-def _indices(pairs: Any) -> Int64[Tensor, "pair 2"]:
-    if not hasattr(pairs, "shape"):
-        pairs = list(pairs)
-    try:
-        index = torch.as_tensor(pairs).detach().cpu()
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Neurons must be pairs (layer, neuron) of ints; got {pairs!r:.100}."
-        ) from error
-    if index.numel() == 0:
-        return torch.empty(0, 2, dtype=torch.int64)
-    no_number = index.dtype == torch.bool or index.is_complex() or index.is_floating_point()
-    if index.ndim != 2 or index.shape[1] != 2 or no_number:
-        raise ValueError(
-            f"Neurons must be pairs (layer, neuron) of ints; got an array of shape "
-            f"{list(index.shape)} and type {index.dtype}."
-        )
-    return index.to(torch.int64)

@@ -77,6 +77,12 @@ def test_inputs() -> None:
     assert NeuronSet(array, layers=3, neurons=5) == expected
     assert NeuronSet(torch.tensor(array, dtype=torch.int32), layers=3, neurons=5) == expected
     assert NeuronSet.from_mask(expected.mask) == expected
+    frame = expected.to_frame()[["layer", "neuron"]]
+    for table in (frame, frame[["neuron", "layer"]]):
+        assert NeuronSet(table, layers=3, neurons=5) == expected
+    with pytest.raises(ValueError, match="layer and neuron, of one site, not site, layer, neuron"):
+        NeuronSet(expected.to_frame(), layers=3, neurons=5)
+    assert NeuronSet(frame[frame["layer"] > 4], layers=3, neurons=5) == make()
     assert NeuronSet(expected, layers=3, neurons=5) == expected
     assert len(make()) == 0
     for absent in [(0, 0), (0, 9), (-1, 4), "text", 3, (0, 1, 2)]:
@@ -97,6 +103,7 @@ def test_neuron_outside_the_model(pair: tuple[int, int]) -> None:
         [(0.5, 1.0)],
         [(1, 2), (3,)],
         ["ab"],
+        3,
         np.ones((3, 2), dtype=bool),
         torch.ones(1, 2, dtype=torch.complex64),
     ],
@@ -269,6 +276,11 @@ def test_transfer() -> None:
     assert list(moved) == list(ours)
     assert moved.identity == other
     assert moved.means is None
+    model = vision_model()
+    tower = NeuronSet([(1, 39)], layers=3, neurons=40, site="vision").transfer(model)
+    assert tower.identity == identity(model, "vision")
+    with pytest.raises(ValueError, match="not one of its sites"):
+        NeuronSet([(1, 39)], layers=3, neurons=40, site="audio").transfer(model)
     with pytest.raises(ValueError, match="4 x 5"):
         ours.transfer(ModelIdentity("tall", "Qwen2VL", 4, 5))
     for tower in (make((0, 1), site="vision"), make(identity=replace(IDENTITY, site="vision"))):
@@ -386,8 +398,12 @@ def test_random_and_union() -> None:
     assert NeuronSet.union(drawn) == drawn[0] | drawn[2]
     with pytest.raises(ValueError, match="Cannot draw 61 of the model's 60 neurons"):
         NeuronSet.random(61, like=like)
+    assert NeuronSet.union({"a": drawn[0], "b": drawn[2]}) == drawn[0] | drawn[2]
     with pytest.raises(ValueError, match="at least one set"):
         NeuronSet.union([])
+    for wrong in (drawn[0], ["a"], [drawn[0], None]):
+        with pytest.raises(TypeError, match=r"a list of NeuronSets.*has (tuple|str|NoneType)"):
+            NeuronSet.union(wrong)  # type: ignore[arg-type]
 
 
 def test_numpy_pairs_names_and_shared_memory() -> None:
