@@ -184,10 +184,13 @@ class _Checks:
         return True, ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
     def generation(self) -> tuple[bool, str]:
-        tokens = _tokens(self.hf_model, self.batch)
+        cached = attention.native(self.bridge)  # as `generate` does
+        tokens = _tokens(self.hf_model, self.batch, use_cache=cached)
         same = torch.equal(tokens, self.plain_tokens)
         new = tokens.shape[1] - self.batch["input_ids"].shape[1]
-        return same, f"{new} tokens, {'the same' if same else 'other ones'} as plain Hugging Face."
+        how = "" if cached else " (without a cache, as its attention is rebuilt)"
+        found = "the same as" if same else "not those of"
+        return same, f"{new} tokens, {found} plain Hugging Face{how}."
 
     def _points(self) -> list[Point]:
         return [
@@ -203,15 +206,9 @@ class _Checks:
         apart = float((ours.float() - theirs.float()).abs().max())
         largest = float(theirs.float().abs().max())
         says = f"Logits differ by up to {apart:.2g}, the largest being {largest:.3g}."
-        if not _native(self.bridge):
+        if not attention.native(self.bridge):
             says += " TransformerLens rebuilds this model's attention."
         return apart <= 64 * torch.finfo(ours.dtype).eps * largest, says
-
-
-def _native(bridge: Any) -> bool:
-    """Whether Hugging Face computes the attention of every layer."""
-    attentions = attention.attentions_of(bridge)
-    return all(attention.configs_of([one]) for one in attentions)
 
 
 def _checked(name: str, check: Callable[[], tuple[bool, str]]) -> FamilyCheck:
@@ -227,9 +224,10 @@ def _logits(hf_model: Any, batch: Inputs) -> Tensor:
     return logits
 
 
-def _tokens(hf_model: Any, batch: Inputs) -> Tensor:
+def _tokens(hf_model: Any, batch: Inputs, use_cache: bool = True) -> Tensor:
+    options = {"do_sample": False, "max_new_tokens": 8, "use_cache": use_cache}
     with torch.no_grad():
-        tokens: Tensor = hf_model.generate(**batch, do_sample=False, max_new_tokens=8)
+        tokens: Tensor = hf_model.generate(**batch, **options)
     return tokens
 
 
