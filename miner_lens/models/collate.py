@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
+
 PER_TOKEN = ("pos",)
 
 Kinds = dict[str, tuple[Any, ...]]

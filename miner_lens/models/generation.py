@@ -11,7 +11,9 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
-from miner_lens.models.collate import Inputs, collate
+from miner_lens.models.attention import native
+from miner_lens.models.collate import Inputs as Inputs
+from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 
 # `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
@@ -135,7 +137,7 @@ def generate(
 
     Greedy unless `options` say otherwise, and then token for token what plain Hugging Face
     generation gives. (`TransformerBridge.generate` cannot be used: it feeds the pixels again at
-    each step.)
+    each step.) Where TransformerLens rebuilds attention no cache can be used, which takes longer.
 
     Args:
         model: A bridge with a processor.
@@ -160,6 +162,9 @@ def generate_from(
 ) -> list[str]:
     """Answer conversations that `prepare_inputs` has rendered; see `generate`."""
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
+    if is_bridge(bare(model)) and not native(bare(model)):
+        # Attention that TransformerLens rebuilds does not see what a cache holds.
+        options["use_cache"] = False
     with torch.no_grad():
         tokens = hf_model_of(model).generate(**batch, **options)
     new = tokens[:, batch["input_ids"].shape[1] :]

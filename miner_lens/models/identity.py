@@ -99,8 +99,3 @@ def better_known(one: ModelIdentity | None, other: ModelIdentity | None) -> Mode
     if one is None or (one.fingerprint is None and other is not None):
         return other
     return one
-
-
-def _version(fingerprint: str | None) -> str:
-    """Which version made a fingerprint; the first one named none."""
-    return (fingerprint or "").rpartition(":")[0]

@@ -396,9 +396,15 @@ def test_text_models_read_messages_of_unequal_length(shapes: Any, pad: str | Non
     tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = pad
     config = LlamaConfig(**(llama_config(layers=2).to_dict() | {"vocab_size": len(tokenizer)}))
-    bridge = ml.wrap(LlamaForCausalLM(config).eval(), tokenizer)
+    config.initializer_range = 0.3
+    model: Any = LlamaForCausalLM(config).eval()
     several = [[{"role": "user", "content": text}] for text in ("red?", "what color is it?", "no")]
-    assert ml.generate(bridge, several, 4) == [ml.generate(bridge, one, 4) for one in several]
+    model.processor = tokenizer
+    expected = [ml.generate(model, one, 6) for one in several]
+    assert ml.generate(model, several, 6) == expected
+    bridge = ml.wrap(model, tokenizer)
+    # Its attention is rebuilt, and passes a cache by.
+    assert ml.generate(bridge, several, 6) == expected
     batch = generation.prepare_inputs(bridge, several)
     assert batch["attention_mask"].sum(1).tolist() == [
         ml.inputs(bridge, one)["input"].shape[1] for one in several
