@@ -45,6 +45,11 @@ def attentions_of(bridge: Any) -> list[Any]:
     return [block.attn for block in bridge.blocks if "attn" in block._modules]
 
 
+def rebuilt(attentions: list[Any]) -> list[Any]:
+    """Those that TransformerLens computes itself, instead of keeping Hugging Face's own."""
+    return [bridge for bridge in attentions if _config(bridge) is None]
+
+
 def install(attentions: list[Any]) -> None:
     """Make native attention bridges fire `hook_rot_q` and `hook_rot_k`.
 
