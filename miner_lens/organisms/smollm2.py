@@ -119,9 +119,11 @@ def decoder() -> LlamaForCausalLM:
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
     config = LlamaConfig(**settings)
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=read.state_dict())
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=read.state_dict()
+    )
     model.generation_config = read.generation_config
-    return model.eval()
+    return model  # which from_pretrained has put into evaluation mode
 
 
 @functools.cache
@@ -196,7 +198,9 @@ def qwen2_vl(
         vision_end_token_id=MEDIA_TOKENS["<|vision_end|>"],
         tie_word_embeddings=True,
     )
-    return _around(decoder, Qwen2VLForConditionalGeneration(config))
+    model = Qwen2VLForConditionalGeneration(config)
+    _put_into(model, decoder)
+    return model
 
 
 def qwen2_audio(
@@ -216,10 +220,12 @@ def qwen2_audio(
         audio_config=dict(audio_config),
         audio_token_index=MEDIA_TOKENS["<|AUDIO|>"],
     )
-    return _around(decoder, Qwen2AudioForConditionalGeneration(config))
+    model = Qwen2AudioForConditionalGeneration(config)
+    _put_into(model, decoder)
+    return model
 
 
-def _text_config(config: LlamaConfig) -> dict[str, Any]:
+def _text_config(config: Any) -> dict[str, Any]:
     names = (
         "vocab_size",
         "hidden_size",
@@ -242,8 +248,8 @@ def _text_config(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _around(decoder: LlamaForCausalLM, model: Any) -> Any:
-    """The model, with the decoder's weights in it."""
+def _put_into(model: Any, decoder: LlamaForCausalLM) -> None:
+    """Give a model the decoder's weights."""
     language = model.model.language_model
     missing, _ = language.load_state_dict(decoder.model.state_dict(), strict=False)
     for name in missing:  # Llama has no biases
@@ -252,7 +258,7 @@ def _around(decoder: LlamaForCausalLM, model: Any) -> Any:
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=END_ID, pad_token_id=PAD_ID, do_sample=False, max_new_tokens=32
     )
-    return model.eval()
+    model.eval()
 
 
 def vision_processor(vision_config: Mapping[str, Any], pixels: int = 64 * 64) -> Qwen2VLProcessor:
@@ -262,7 +268,7 @@ def vision_processor(vision_config: Mapping[str, Any], pixels: int = 64 * 64) ->
         vision_config: As `qwen2_vl` takes it.
         pixels: How many pixels each picture is given, about.
     """
-    config = Qwen2VLConfig(vision_config=dict(vision_config)).vision_config
+    config: Any = Qwen2VLConfig(vision_config=dict(vision_config)).vision_config
     settings: dict[str, Any] = {
         "patch_size": config.patch_size,
         "merge_size": config.spatial_merge_size,
@@ -285,7 +291,7 @@ def audio_processor(audio_config: Mapping[str, Any]) -> Qwen2AudioProcessor:
         audio_config: As `qwen2_audio` takes it: its `max_source_positions`, 50 for each second,
             say how long a sound may be.
     """
-    config = Qwen2AudioConfig(audio_config=dict(audio_config)).audio_config
+    config: Any = Qwen2AudioConfig(audio_config=dict(audio_config)).audio_config
     extractor = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]
         feature_size=config.num_mel_bins, chunk_length=config.max_source_positions // 50
     )
