@@ -31,16 +31,6 @@ SCALE, RANK = 0.5, 8
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A cache of this module's, empty at first, and removed for its size."""
-    root = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cache.VARIABLE, str(root))
-        yield
-    shutil.rmtree(root)
-
-
-@pytest.fixture(scope="module")
 def reference() -> Any:
     """What transformers reads from the GGUF, without anything of ours."""
     path = smollm2.gguf_file()
@@ -48,7 +38,7 @@ def reference() -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(cached: None) -> Path:
+def folder() -> Path:
     return ml.organisms.path("smollm2")
 
 
