@@ -79,7 +79,7 @@ def mine(
     ask: Annotated[
         str | None, typer.Option(help="What is asked about: image, audio, text, both.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Stop after this many samples.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many samples at most.")] = None,
     batch_size: Annotated[str, typer.Option(help="Samples in one forward pass, or auto.")] = "1",
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from miner_lens.models import sites
+from miner_lens.models.attention import scale_of
 from miner_lens.running.batch import Batch, TowerBatch, TowerPass
 from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
@@ -48,7 +49,8 @@ class AttentionSums:
             else:
                 query, key = sites.Decoder().rotated_points(layer)
                 hooks.append((query, partial(self._see_query, layer, running)))
-                hooks.append((key, partial(self._see_key, layer, running)))
+                scale = scale_of(model.blocks[layer].attn)
+                hooks.append((key, partial(self._see_key, layer, scale, running)))
         return hooks
 
     def of_layer(self, batch: Batch, layer: int) -> Float[Tensor, "batch stat modality pos"]:
@@ -75,7 +77,9 @@ class AttentionSums:
         if (batch := running()) is not None:
             self.kept(batch)["query"] = query.detach()
 
-    def _see_key(self, layer: int, running: Running, key: Tensor, hook: Any) -> None:
+    def _see_key(
+        self, layer: int, scale: float | None, running: Running, key: Tensor, hook: Any
+    ) -> None:
         batch = running()
         if batch is None:
             return
@@ -91,6 +95,7 @@ class AttentionSums:
             batch.stacked.to(key.device),
             causal=self.causal,
             mask=None if padding is None else padding.to(key.device),
+            scale=scale,
         )
         kept[layer] = sums
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,8 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
     Args:
         attention: Which attention weighs the tokens: `"bidirectional"`, the head mean of
             softmax(QK^T / sqrt d) without a causal mask, as the published code computes it, or
-            `"causal"`, the pattern that the model really has.
+            `"causal"`, the pattern that the model really has. A model that scales QK^T by another
+            number has its own scale in both.
         data: A name of the data set, kept with the scores.
         site: Where the neurons live: `"llm"`, or a tower of the model, `"vision"`, `"audio"` or
             `"projector"`, in which only the tower's own modalities occur. A tower attends without
@@ -59,8 +59,8 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         """Note the model; refuse another one than before, or one whose pattern is not computed.
 
         Raises:
-            ValueError: For causal attention, the model's own pattern has a sliding window, a soft
-                cap or another scale.
+            ValueError: For causal attention, the model's own pattern has a sliding window or a soft
+                cap.
         """
         super().begin(model)
         if self._sums.causal:
@@ -154,7 +154,7 @@ def mine(
         data: Samples, or prepared pairs `(model_inputs, masks)`.
         attention: `"bidirectional"`, as published, or `"causal"`, as the model attends.
         batch_size: Samples in one forward pass, or `"auto"`; changes speed, not results.
-        limit: Stop after this many samples.
+        limit: So many samples at most, the first ones; a prepared pair counts as one.
         on_error: `"raise"` or `"skip"` samples that cannot be used.
         progress: Whether to show a progress bar.
         checkpoint: A folder from which a run that was stopped continues.
@@ -183,11 +183,9 @@ def mine(
 
 
 def _require_plain_attention(model: Any) -> None:
-    """Refuse patterns other than softmax(QK^T / sqrt d) over all earlier tokens."""
+    """Refuse patterns other than softmax(scale QK^T) over all earlier tokens."""
     for layer, block in enumerate(model.blocks):
         attention = getattr(block.attn, "original_component", None) or block.attn
-        width: Any = getattr(attention, "head_dim", None)
-        scale: Any = getattr(attention, "scaling", None)
         # Some families keep the window on each layer, where it may be off, others in the config.
         held_by = (
             attention
@@ -198,13 +196,11 @@ def _require_plain_attention(model: Any) -> None:
         other = {
             "a sliding window": window is not None,
             "a soft cap": getattr(attention, "attn_logit_softcapping", None) is not None,
-            "another scale": None not in (width, scale)
-            and not math.isclose(scale, width**-0.5, rel_tol=1e-6),
         }
         found = [name for name, present in other.items() if present]
         if found:
             raise ValueError(
-                f"attention='causal' scores plain softmax(QK^T / sqrt d), but layer {layer} of "
+                f"attention='causal' scores plain softmax(scale QK^T), but layer {layer} of "
                 f"this model attends with {' and '.join(found)}. Use attention='bidirectional'."
             )
 

@@ -78,7 +78,8 @@ def _load_part(part: Any, processor: Any) -> dict[str, Any]:
     if kind == "image":
         return {"type": kind, kind: load_image(source)}
     if kind == "video":
-        return {"type": kind, kind: load_video(source, processor)}
+        frames, metadata = load_video(source, processor)
+        return {"type": kind, kind: frames, "metadata": metadata}
     return {"type": kind, kind: load_sound(source, given.get("sampling_rate"), processor)}
 
 
@@ -102,12 +103,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def load_video(source: Any, processor: Any) -> Any:
-    """Decode a video file with PyAV; frames pass as images do."""
+def load_video(source: Any, processor: Any) -> tuple[Any, dict[str, Any]]:
+    """Decode a video file with PyAV; frames pass as images do.
+
+    Returns:
+        The frames, sampled as the processor wants, and which they are of how many a second, as
+        Hugging Face's `VideoMetadata` has it. Of frames that were given nobody knows the rate.
+    """
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):
         if not source:
             raise SampleError("A video needs at least one frame.")
-        return [load_image(frame) for frame in source]
+        count = len(source)
+        known = {"total_num_frames": count, "fps": None, "frames_indices": list(range(count))}
+        return [load_image(frame) for frame in source], known
     if not isinstance(source, str | Path):
         raise SampleError(
             f"A video must be a path or a sequence of frames, not {type(source).__name__}."
@@ -121,10 +129,10 @@ def load_video(source: Any, processor: Any) -> Any:
     sampler = reader.sample_frames if getattr(reader, "do_sample_frames", False) else None
     try:
         load: Any = video_utils.load_video
-        frames, _ = load(str(source), backend="pyav", sample_indices_fn=sampler)
+        frames, metadata = load(str(source), backend="pyav", sample_indices_fn=sampler)
     except Exception as error:  # PyAV has one exception class for each of FFmpeg's codes
         raise SampleError(f"Cannot read a video from {_what(source)}: {error}") from error
-    return frames
+    return frames, {**metadata, "frames_indices": [int(n) for n in metadata.frames_indices]}
 
 
 def load_sound(source: Any, rate: int | None, processor: Any) -> np.ndarray:

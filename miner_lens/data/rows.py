@@ -28,8 +28,8 @@ def from_rows(
     a `datasets.Dataset` or a list of dicts, single rows; any other is read row by row.
 
     Args:
-        rows: A `datasets.Dataset` or `datasets.IterableDataset`, a list of dicts, or anything else
-            that gives mappings of column names to values.
+        rows: A `datasets.Dataset` or `datasets.IterableDataset`, a list of dicts, a pandas
+            DataFrame, or anything else that gives mappings of column names to values.
         messages: The column that holds the conversation; or a function of the row that makes one,
             where the table holds question and image apart.
         answers: The column, or a function, of the accepted answers: a string or a list of them.
@@ -55,6 +55,8 @@ def from_rows(
     """
     columns = {"messages": messages, "answers": answers, "id": id, "label": label}
     make = _Maker({what: column for what, column in columns.items() if column is not None})
+    if hasattr(rows, "iloc") and hasattr(rows, "to_dict"):  # a DataFrame, whose [0] is a column
+        rows = rows.to_dict("records")
     by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if by_number and not isinstance(rows, Mapping | IterableDataset):
         return Rows(rows, make)
@@ -71,7 +73,7 @@ class _Maker:
         if not isinstance(row, Mapping):
             raise TypeError(
                 f"A row must be a mapping of column names to values, not {type(row).__name__}. Of "
-                'a pandas table, give table.to_dict("records").'
+                "a table that is no DataFrame of pandas, give a list of dicts."
             )
         return Sample.of({what: self._value(row, what) for what in self.columns})
 

@@ -6,14 +6,10 @@ inside the wrappers of torch.compile, DistributedDataParallel and PEFT.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from miner_lens.models import sites
+from miner_lens.models.fingerprint import fingerprint, has_weight
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.inside import bare, hf_model_of, model_name, processor_of
 from miner_lens.models.modality import ModalityLayout, layout_for
@@ -34,54 +30,33 @@ def mlps(model: Any, site: str = "llm") -> list[MLP]:
 def identity(model: Any, site: str = "llm") -> ModelIdentity:
     """Say which model this is, so that scores and neuron sets can refuse another one.
 
-    The fingerprint hashes some thousand weights of the site and of the embedding, rounded to
-    bfloat16, so that float32 and bfloat16 copies of a checkpoint have the same; float16 rounds
-    once more and may have another. Offloaded weights are read from where they are. It is None
-    where weights cannot be read (on the meta device, packed by quantization, or inside a layer of
-    another kind).
+    The fingerprint is of the whole model, whatever the site, because scores of one part depend on
+    the parts before it. It reads each weight matrix in every row and column (of an embedding,
+    thousands of them), rounded to bfloat16, so that float32 and bfloat16 copies of a checkpoint
+    have the same; float16 rounds once more and may have another. Offloaded weights are read from
+    where they are. It is None, so that only shapes are compared, where weights cannot be read: on
+    the meta device, quantized (GPTQ, AWQ, bitsandbytes, torchao), or inside a layer of another kind
+    that has no `weight`.
 
-    PEFT adapters are no part of it: until they are merged into the weights, a model has the
-    identity of the base model that they are on, so that neurons of one can be tried in the other.
+    PEFT adapters that are active and add something are part of it: to try neurons of the base model
+    under them, use `NeuronSet.transfer(identity)`. One that is still untrained (B = 0), disabled or
+    not active leaves the identity of the base model. What PEFT does outside the layers (prompt
+    tuning) is not noticed.
 
     Raises:
         ValueError: The model has no such site.
     """
     hf_model = hf_model_of(model)
     found = mlps(model, site)
+    readable = all(has_weight(m.before) and has_weight(m.down) for m in found)
     return ModelIdentity(
         name=model_name(model),
         architecture=type(hf_model).__name__,
         layers=len(found),
         neurons=found[0].down.in_features,
         site=site,
-        fingerprint=_fingerprint(hf_model, found),
+        fingerprint=fingerprint(hf_model) if readable else None,
     )
-
-
-def _fingerprint(hf_model: Any, mlps: Sequence[MLP]) -> str | None:
-    layers = sorted({0, len(mlps) // 2, len(mlps) - 1})
-    modules = [module for n in layers for module in (mlps[n].before, mlps[n].down)]
-    weights = [_weight(module) for module in (*modules, hf_model.get_input_embeddings())]
-    readable = [w for w in weights if w is not None and not w.is_meta and w.is_floating_point()]
-    if len(readable) < len(weights):
-        return None
-    digest = hashlib.sha256()
-    for weight in readable:
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16)
-        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _weight(module: Any) -> Tensor | None:
-    """A module's weight, without adapters, also where accelerate has offloaded it."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    weight: Tensor | None = getattr(module, "weight", None)
-    if weight is not None and weight.is_meta:
-        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        return weight if offloaded is None else offloaded["weight"]
-    return weight
 
 
 def layout(model: Any) -> ModalityLayout:

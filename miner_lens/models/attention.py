@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,9 +34,9 @@ REBUILT = (
 
 Output = tuple[Tensor, Tensor | None]
 
-# By the Hugging Face module that each is around; a bridge holds its module, so neither lives longer
-# for standing here.
-_bridges: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+# Where a Hugging Face attention keeps the bridge around it: not among its modules, and not in a
+# table of ours, which a deep copy would not be in.
+BRIDGE = "_miner_lens_bridge"
 
 
 def attentions_of(bridge: Any) -> list[Any]:
@@ -48,6 +47,13 @@ def attentions_of(bridge: Any) -> list[Any]:
 def rebuilt(attentions: list[Any]) -> list[Any]:
     """Those that TransformerLens computes itself, instead of keeping Hugging Face's own."""
     return [bridge for bridge in attentions if _config(bridge) is None]
+
+
+def scale_of(attention: Any) -> float | None:
+    """What a layer's attention multiplies QK^T by, or None where its module does not say."""
+    module = getattr(attention, "original_component", None) or attention
+    scale = getattr(module, "scaling", None)
+    return float(scale) if isinstance(scale, int | float) else None
 
 
 def install(attentions: list[Any]) -> None:
@@ -61,21 +67,31 @@ def install(attentions: list[Any]) -> None:
             attention themselves fire the hooks already and are left alone.
     """
     for bridge in attentions:
-        config = _config(bridge)
-        if config is None:
-            continue
-        _bridges[bridge.original_component] = weakref.ref(bridge)
-        name = config._attn_implementation
-        config._attn_implementation = HOOKED.get(name, name)
+        if _config(bridge) is not None:
+            vars(bridge.original_component)[BRIDGE] = bridge
+    keep(configs_of(attentions))
+
+
+def configs_of(attentions: list[Any]) -> list[Any]:
+    """The configs that name the function of native attention, each once."""
+    return list({id(one): one for one in map(_config, attentions) if one is not None}.values())
+
+
+def keep(configs: list[Any]) -> None:
+    """Have attention fire hooks also after somebody has set another function by name."""
+    for config in configs:
+        if config._attn_implementation in HOOKED:
+            config._attn_implementation = HOOKED[config._attn_implementation]
 
 
 def uninstall(attentions: list[Any]) -> None:
     """Have Hugging Face compute attention by its own functions again, undoing `install`."""
     own = {hooked: name for name, hooked in HOOKED.items()}
-    for config in filter(None, map(_config, attentions)):
-        config._attn_implementation = own.get(
-            config._attn_implementation, config._attn_implementation
-        )
+    for config in configs_of(attentions):
+        name = config._attn_implementation
+        config._attn_implementation = own.get(name, name)
+    for bridge in attentions:
+        vars(bridge.original_component).pop(BRIDGE, None)
 
 
 @contextmanager
@@ -111,8 +127,7 @@ def _config(bridge: Any) -> Any:
 
 
 def _rotated(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Any, Tensor, Tensor]:
-    reference = _bridges.get(module)
-    bridge = reference() if reference is not None else None
+    bridge = vars(module).get(BRIDGE)
     if bridge is None or not hasattr(bridge, "hook_rot_q"):
         return bridge, query, key
     return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)

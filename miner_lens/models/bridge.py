@@ -165,7 +165,6 @@ def prepare(bridge: Any) -> Any:
     from miner_lens.models import attention
 
     hf_model = hf_model_of(bridge)
-    # Each time, because the model's attention setting may have been changed since.
     attention.install(attention.attentions_of(bridge))
     if _watching(hf_model):
         return bridge
@@ -181,7 +180,9 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs().watch(hf_model)
+    seen = PassInputs()
+    seen.configs = attention.configs_of(attention.attentions_of(bridge))
+    seen.watch(hf_model)
     return bridge
 
 
@@ -212,6 +213,8 @@ class PassInputs:
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
         self.handles: list[Any] = []
+        # Whose attention functions are to stay hooked, whatever is set.
+        self.configs: list[Any] = []
 
     def watch(self, model: Any) -> None:
         """See each forward pass of a model from now on."""
@@ -228,6 +231,10 @@ class PassInputs:
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the Hugging Face model."""
+        if self.configs:
+            from miner_lens.models import attention
+
+            attention.keep(self.configs)
         self.ids = kwargs.get("input_ids", args[0] if args else None)
         self.all = kwargs | {"input_ids": self.ids}
         self.real = None

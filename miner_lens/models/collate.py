@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miner_lens.models.generation import Inputs
-
+Inputs = dict[str, Any]
 PER_TOKEN = ("pos",)
 
 Kinds = dict[str, tuple[Any, ...]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
+from miner_lens.models.collate import Inputs, collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
-
-Inputs = dict[str, Any]
 
 # `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
 _rendering = threading.Lock()
@@ -45,19 +44,53 @@ def render(
     with _rendering:
         opened = [load_media(messages, processor) for messages in conversations]
         try:
+            if not hasattr(processor, "tokenizer"):
+                return _as_text(processor, opened, add_generation_prompt)
             batch = processor.apply_chat_template(
                 opened,
                 tokenize=True,
                 add_generation_prompt=add_generation_prompt,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
+                processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
             )
         except (ValueError, KeyError, IndexError, TypeError, TemplateError) as error:
             # Such as a text that spells out more placeholders than there are media, or what a chat
             # template refuses.
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
     return dict(batch)
+
+
+def _videos(opened: Sequence[Sequence[Message]]) -> dict[str, Any]:
+    """What a processor is told of videos, whose frames `load_media` has sampled."""
+    contents = [message["content"] for messages in opened for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    known = [part.pop("metadata") for part in parts if part["type"] == "video"]
+    return {"video_metadata": known, "do_sample_frames": False} if known else {}
+
+
+def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Inputs:
+    """What a model without media reads, one conversation at a time, as padding is of ours."""
+    apart = [
+        dict(
+            tokenizer.apply_chat_template(
+                messages,
+                tokenize=True,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        )
+        for messages in opened
+    ]
+    # Padding is masked, so any token will do where a tokenizer has none to pad with.
+    return collate(apart, tokenizer.pad_token_id or 0)
+
+
+def awaits_answer(messages: Sequence[Message]) -> bool:
+    """Whether it is the assistant's turn, so that the prompt ends with its opening."""
+    last = messages[-1] if messages else None
+    return not (isinstance(last, Mapping) and last.get("role") == "assistant")
 
 
 def input_device(model: Any) -> torch.device:

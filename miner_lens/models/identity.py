@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -37,7 +38,9 @@ class ModelIdentity:
         """Refuse another model: one of another shape, site, architecture or weights.
 
         Weights are compared by fingerprint, and only where both are known; the name is not
-        compared, as the same model may be loaded from several places.
+        compared, as the same model may be loaded from several places. A fingerprint of another
+        version of miner-lens read other weights, so it is not compared either, and a warning says
+        so.
 
         Args:
             other: The model at hand.
@@ -54,12 +57,20 @@ class ModelIdentity:
             shape, given = f"site {self.site!r}", f"site {other.site!r}"
         elif self.architecture != other.architecture:
             shape, given = self.architecture, other.architecture
-        elif None not in (self.fingerprint, other.fingerprint) and (
-            self.fingerprint != other.fingerprint
-        ):
+        elif None in (self.fingerprint, other.fingerprint):
+            return
+        elif _version(self.fingerprint) != _version(other.fingerprint):
+            warnings.warn(
+                f"{what} was mined on {self.name} and this model is {other.name}. Their "
+                "fingerprints are of different versions of miner-lens, so only architecture and "
+                "shape were compared, not the weights. Mine again to have these compared too.",
+                stacklevel=2,
+            )
+            return
+        elif self.fingerprint != other.fingerprint:
             shape = f"weights {self.fingerprint}"
             given = f"weights {other.fingerprint} of the same shape"
-            again += " To try the same neurons here all the same, use NeuronSet.transfer(identity)."
+            again += " To try the same neurons here all the same, use NeuronSet.transfer(model)."
         else:
             return
         raise ValueError(
@@ -76,3 +87,20 @@ class ModelIdentity:
         """What `to_dict` gave; fields that a later version added are left out."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
+
+
+def _version(fingerprint: str | None) -> str:
+    """Which version made a fingerprint; the first one named none."""
+    return (fingerprint or "").rpartition(":")[0]
+
+
+def better_known(one: ModelIdentity | None, other: ModelIdentity | None) -> ModelIdentity | None:
+    """Of two identities of one model the one that tells more: the weights, if either does."""
+    if one is None or (one.fingerprint is None and other is not None):
+        return other
+    return one
+
+
+def _version(fingerprint: str | None) -> str:
+    """Which version made a fingerprint; the first one named none."""
+    return (fingerprint or "").rpartition(":")[0]

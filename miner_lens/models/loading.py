@@ -14,6 +14,18 @@ from miner_lens.models.devices import default_device
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+# Options of `from_pretrained` that say where to read from and whom to trust.
+SHARED = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
 
 def load(
     name_or_path: str | Path,
@@ -21,6 +33,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
+    **options: Any,
 ) -> TransformerBridge:
     """Load a multimodal model and its processor, ready to be mined.
 
@@ -31,6 +44,10 @@ def load(
         dtype: Weight dtype; default the checkpoint's own.
         device_map: Hugging Face device map, for a model larger than one device.
         revision: Hub branch, tag or commit.
+        options: Passed on to Hugging Face's `from_pretrained`, such as `attn_implementation`,
+            `quantization_config` or `torch_dtype`, an older name of `dtype`. What says where to
+            read from and whom to trust (`cache_dir`, `token`, `trust_remote_code`, ...) goes to
+            the config and the processor too.
 
     Returns:
         A `TransformerBridge` with `.processor` and `.modality_layout`. The logits of Qwen2-VL and
@@ -39,7 +56,12 @@ def load(
     Raises:
         FileNotFoundError: There is no such folder, or it has no `config.json`.
         OSError: The hub has no such model, or cannot be reached.
-        ValueError: The model family is unknown, or both `device` and `device_map` are given.
+        ValueError: The model family is unknown, or both `device` and `device_map`, or `dtype` and
+            `torch_dtype`, are given.
+        TypeError: The model takes no such option.
+
+    Example:
+        model = ml.load("Qwen/Qwen2-VL-7B-Instruct", attn_implementation="eager")
     """
     import transformers
     from transformer_lens.model_bridge.sources.transformers.helpers import (
@@ -48,9 +70,17 @@ def load(
 
     if device is not None and device_map is not None:
         raise ValueError("Give device or device_map, not both: the map already says where.")
+    if device_map is None and options.get("quantization_config") is not None:
+        # Quantized layers are made where they are to be, as some cannot be moved.
+        device_map = {"": device or default_device()}
+    if "torch_dtype" in options:
+        if dtype != "auto":
+            raise ValueError("Give dtype or torch_dtype, not both: they are two names of one.")
+        dtype = options.pop("torch_dtype")
     path = _resolve(name_or_path)
+    shared = {name: options[name] for name in SHARED if name in options} | {"revision": revision}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(path, **shared)
     except OSError as error:
         if not Path(path).is_dir():
             error.add_note(f"There is no folder {path} either. {_known()}")
@@ -58,11 +88,11 @@ def load(
     architecture = (config.architectures or [type(config).__name__])[0]
     require_adapter(architecture)
     model = get_hf_model_class_for_architecture(architecture).from_pretrained(
-        path, dtype=dtype, device_map=device_map, revision=revision
+        path, **{"dtype": dtype, "device_map": device_map} | options | shared
     )
     if device_map is None:
         model.to(device or default_device())
-    return wrap(model.eval(), _load_processor(path, revision))
+    return wrap(model.eval(), _load_processor(path, shared))
 
 
 def _resolve(name_or_path: str | Path) -> str:
@@ -91,7 +121,7 @@ def _known() -> str:
     )
 
 
-def _load_processor(path: str, revision: str | None) -> Any:
+def _load_processor(path: str, options: dict[str, Any]) -> Any:
     """The checkpoint's processor, or None where the folder ships none."""
     import transformers
 
@@ -99,4 +129,4 @@ def _load_processor(path: str, revision: str | None) -> Any:
     if Path(path).is_dir() and not any(Path(path, file).exists() for file in files):
         return None
     processors: Any = transformers.AutoProcessor
-    return processors.from_pretrained(path, revision=revision)
+    return processors.from_pretrained(path, **options)

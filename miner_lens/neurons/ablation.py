@@ -33,7 +33,6 @@ def ablate(
     value: Value = "zero",
     at: str | None = None,
     complement: bool = False,
-    site: str | None = None,
 ) -> Iterator[None]:
     """Switch neurons off while the context is open.
 
@@ -53,17 +52,16 @@ def ablate(
         at: Only at the tokens of this modality; default everywhere. In a tower, where only its
             own medium occurs, leave it out.
         complement: Ablate every neuron of the site but these.
-        site: The site that the neurons must be of; default their own.
 
     Raises:
-        ValueError: The neurons are another model's or another site's, carry no means for
-            `"mean"`, or the model has no such modality.
+        ValueError: The neurons are another model's, carry no means for `"mean"` or several, or the
+            model has no such modality.
 
     Example:
         with ml.ablate(model, msns["image"]):
             logits = model(**inputs)
     """
-    write = _Write(check_neurons(model, neurons, site), value, at, complement)
+    write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _tokens(model, write)
     layers = mlps(model, write.site)
     with ExitStack() as open_:
@@ -84,7 +82,6 @@ def ablation_hooks(
     value: Value = "zero",
     at: str | None = None,
     complement: bool = False,
-    site: str | None = None,
 ) -> list[Hook]:
     """The same ablation as a list for TransformerLens's `run_with_hooks(fwd_hooks=...)`.
 
@@ -101,7 +98,7 @@ def ablation_hooks(
             "Wrap it with ml.wrap, or use ml.ablate, which takes plain Hugging Face models."
         )
     prepare(model)
-    write = _Write(check_neurons(model, neurons, site), value, at, complement)
+    write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _tokens(model, write)
     if isinstance(tokens, _TowerRows) and write.needs_tokens:
         raise ValueError(
@@ -116,11 +113,11 @@ def ablation_hooks(
     return hooks
 
 
-def check_neurons(model: Any, neurons: Neurons, site: str | None = None) -> NeuronSet:
-    """All of the neurons as one set that belongs to this model, and to the site if one is named.
+def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
+    """All of the neurons as one set that belongs to this model.
 
     Raises:
-        ValueError: They are another model's or site's, or no neurons at all but something else.
+        ValueError: They are another model's, or no neurons at all but something else.
     """
     if isinstance(neurons, Mapping) and neurons:
         neurons = NeuronSet.union(neurons.values())
@@ -129,7 +126,6 @@ def check_neurons(model: Any, neurons: Neurons, site: str | None = None) -> Neur
             "neurons must be a NeuronSet or a non-empty mapping of modality to NeuronSet, as "
             f"select returns it, not {type(neurons).__name__}."
         )
-    neurons.require_site(site)
     if neurons.identity is not None:
         neurons.identity.check(identity(model, neurons.site), "The NeuronSet")
     else:
@@ -197,7 +193,12 @@ class _TowerRows(PassInputs):
 
     def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
         """The smallest X of the image, video or clip that each row belongs to."""
-        assert self._rows is not None
+        if self._rows is None:
+            raise ValueError(
+                f"value='min' needs to see the {self.tower.name} tower called as a whole, to know "
+                "which rows are one image, video or clip. Call the model or the whole tower, or "
+                "give another value."
+            )
         if self._there is None:
             # Once a call, not in every layer.
             self._there = self._rows.items.to(x.device), self._rows.real.to(x.device)
@@ -246,13 +247,23 @@ class _Write:
     def __init__(self, neurons: NeuronSet, value: Value, at: str | None, complement: bool) -> None:
         if not isinstance(value, int | float) and value not in ("zero", "min", "mean"):
             raise ValueError(f"value must be 'zero', 'min', 'mean' or a number, not {value!r}.")
-        if value == "mean" and neurons.means is None:
-            raise ValueError(
-                "value='mean' needs each neuron's mined mean, and this NeuronSet carries none. "
-                "Select it from scores that ml.mine computed, or give a number."
-            )
         self.neurons = ~neurons if complement else neurons
-        self.means = neurons.means if value == "mean" else None
+        self.means = None
+        if value == "mean":
+            self.means = neurons.means
+            if self.means is None:
+                raise ValueError(
+                    "value='mean' needs each neuron's mined mean, and this NeuronSet carries none. "
+                    "Select it from scores that ml.mine computed, or give a number."
+                )
+            doubtful = int(self.means[self.neurons.mask].isnan().sum())
+            if doubtful:
+                raise ValueError(
+                    f"value='mean' is not one value for {doubtful} of {len(self.neurons)} neurons: "
+                    "the sets that were combined were mined on different data, with different "
+                    "means. Open one ablation inside the other, or select all sets from the same "
+                    "scores."
+                )
         self.site = neurons.site
         self.value = value
         self.at = at
@@ -317,10 +328,9 @@ class _Write:
         """What to write, to be broadcast over rows."""
         if self.value == "min":
             return tokens.lowest(x)
-        if self.value == "mean":
-            assert target.means is not None
+        if target.means is not None:
             return target.means.to(x.device, x.dtype)
-        value = 0.0 if self.value == "zero" else self.value
+        value = 0.0 if isinstance(self.value, str) else self.value
         return torch.full((), value, dtype=x.dtype, device=x.device)
 
 

@@ -43,7 +43,8 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
     chosen = check_neurons(model, neurons)
     hf_model = hf_model_of(model)
     with torch.device("meta"):
-        baked = type(hf_model)(hf_model.config)
+        # A copy, because making a model and saving it write into its config.
+        baked = type(hf_model)(copy.deepcopy(hf_model.config))
     weights = _weights_for(baked, hf_model)
     names = {id(module): name for name, module in baked.named_modules()}
     layers = mlps(baked, chosen.site)
@@ -52,7 +53,7 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
         weights[down] = weights[down].index_fill(1, index.to(weights[down].device), 0)
     baked.load_state_dict(weights, assign=True)
     baked.tie_weights()
-    baked.generation_config = hf_model.generation_config
+    baked.generation_config = copy.deepcopy(hf_model.generation_config)
     baked.save_pretrained(path)
     processor = processor_of(model)
     if processor is not None:

@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from miner_lens.models.access import identity as identity_of
-from miner_lens.models.identity import SITES, ModelIdentity
+from miner_lens.models.identity import SITES, ModelIdentity, better_known
 from miner_lens.models.result import Result
 from miner_lens.neurons.draw import random
+from miner_lens.neurons.pairs import as_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,14 +29,16 @@ class NeuronSet(Result):
 
     It behaves as a set of pairs of ints, sorted: `| & - ^ ~ <= len in == hash`. Two sets are
     equal if they hold the same neurons of the same model. Sets of different models do not mix.
+    A combination of two sets has the means of both; where they differ, NaN.
 
     Args:
-        pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
+        pairs: The neurons, as `(layer, neuron)` pairs, an integer array `[n, 2]` or a DataFrame of
+            the columns layer and neuron.
         layers: Number of layers in the model.
         neurons: Number of neurons in each layer.
         identity: The model they come from, where it is known.
         means: Mean activation of every neuron of the model, as mined; `ablate(value="mean")`
-            writes these. Not part of equality.
+            writes these, and refuses NaN. Not part of equality.
         site: Where the neurons live: "llm", "vision", "audio" or "projector"; default the
             identity's site, or "llm".
 
@@ -87,7 +90,7 @@ class NeuronSet(Result):
                 f"means has shape {list(means.shape)}; expected one mean for each of "
                 f"{layers} layers x {neurons} neurons."
             )
-        index = _indices(pairs)
+        index = as_pairs(pairs)
         outside = (index < 0) | (index >= torch.tensor([layers, neurons]))
         if outside.any():
             first = tuple(index[outside.any(1)][0].tolist())
@@ -111,7 +114,7 @@ class NeuronSet(Result):
         """A set of neurons of a model, such as those that a paper or a tool of your own names.
 
         Args:
-            pairs: The neurons, as `(layer, neuron)` pairs or an integer array `[n, 2]`.
+            pairs: The neurons, as the constructor takes them.
             model: A `TransformerBridge` or a plain Hugging Face model.
             site: Where the neurons live.
 
@@ -129,15 +132,25 @@ class NeuronSet(Result):
     @classmethod
     def from_mask(
         cls,
-        mask: Bool[Tensor, "layer neuron"],
+        mask: Bool[Tensor, "layer neuron"] | Any,
         identity: ModelIdentity | None = None,
         means: Float[Tensor, "layer neuron"] | None = None,
         site: str | None = None,
     ) -> NeuronSet:
-        """The neurons at which `mask` is True."""
+        """The neurons at which `mask` is True.
+
+        Raises:
+            ValueError: It is no boolean mask of two axes, or as the constructor.
+        """
+        mask = torch.as_tensor(mask).detach().cpu()
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            raise ValueError(
+                f"A mask must be booleans [layer neuron], not {mask.dtype} of shape "
+                f"{list(mask.shape)}. Of scores, say which: from_mask(scores > threshold)."
+            )
         layers, neurons = mask.shape
         return cls(
-            mask.detach().cpu().nonzero(),
+            mask.nonzero(),
             layers=layers,
             neurons=neurons,
             identity=identity,
@@ -146,11 +159,12 @@ class NeuronSet(Result):
         )
 
     @classmethod
-    def union(cls, sets: Iterable[NeuronSet]) -> NeuronSet:
-        """Every neuron of any of the sets.
+    def union(cls, sets: Iterable[NeuronSet] | Mapping[str, NeuronSet]) -> NeuronSet:
+        """Every neuron of any of the sets, or of what `select` returns.
 
         Raises:
             ValueError: If there are no sets, or they are of different models.
+            TypeError: If they are no sets.
 
         Example:
             >>> parts = [NeuronSet([(0, n)], layers=1, neurons=4) for n in range(3)]
@@ -158,7 +172,12 @@ class NeuronSet(Result):
             3
         """
         together: NeuronSet | None = None
-        for part in sets:
+        for part in sets.values() if isinstance(sets, Mapping) else sets:
+            if not isinstance(part, NeuronSet):
+                raise TypeError(
+                    "NeuronSet.union needs a list of NeuronSets, or a mapping of names to them; "
+                    f"it has {type(part).__name__}."
+                )
             together = part if together is None else together | part
         if together is None:
             raise ValueError("NeuronSet.union needs at least one set.")
@@ -261,25 +280,18 @@ class NeuronSet(Result):
         counts: list[int] = self._member.sum(1).tolist()
         return counts
 
-    def require_site(self, site: str | None) -> None:
-        """Refuse another site than the neurons' own; None allows any.
-
-        Raises:
-            ValueError: The neurons live elsewhere.
-        """
-        if site not in (None, self.site):
-            raise ValueError(
-                f"These neurons are of site {self.site!r}, not {site!r}. Mine that site, or leave "
-                "site out."
-            )
-
-    def transfer(self, identity: ModelIdentity) -> NeuronSet:
+    def transfer(self, model: ModelIdentity | Any) -> NeuronSet:
         """The same neurons of another model of the same shape, without the mined means.
 
+        Args:
+            model: The other model, or its identity.
+
         Raises:
-            ValueError: If the other model has another shape.
+            ValueError: If the other model has another shape or no such site, or the identity is of
+                another site.
         """
-        return NeuronSet.from_mask(self._member, identity)
+        identity = model if isinstance(model, ModelIdentity) else identity_of(model, self.site)
+        return NeuronSet.from_mask(self._member, identity, site=self.site)
 
     def to_frame(self) -> pd.DataFrame:
         """A table of the columns site, layer and neuron, one row a neuron."""
@@ -376,25 +388,9 @@ class NeuronSet(Result):
         return other._member
 
     def _with(self, other: NeuronSet, member: Bool[Tensor, "layer neuron"]) -> NeuronSet:
-        identity = other.identity if self.identity is None else self.identity
+        identity = better_known(self.identity, other.identity)
         means = other._means if self._means is None else self._means
+        if self._means is not None and other._means is not None:
+            # NaN differs from itself, so what was once in doubt stays so in any order of sets.
+            means = self._means.where(self._means == other._means, torch.nan)
         return NeuronSet.from_mask(member, identity, means, self.site)
-
-
-def _indices(pairs: Any) -> Int64[Tensor, "pair 2"]:
-    if not hasattr(pairs, "shape"):
-        pairs = list(pairs)
-    try:
-        index = torch.as_tensor(pairs).detach().cpu()
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Neurons must be pairs (layer, neuron) of ints; got {pairs!r:.100}."
-        ) from error
-    if index.numel() == 0:
-        return torch.empty(0, 2, dtype=torch.int64)
-    if index.ndim != 2 or index.shape[1] != 2 or index.is_floating_point():
-        raise ValueError(
-            f"Neurons must be pairs (layer, neuron) of ints; got an array of shape "
-            f"{list(index.shape)} and type {index.dtype}."
-        )
-    return index.to(torch.int64)

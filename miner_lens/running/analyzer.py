@@ -21,15 +21,12 @@ from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch, TowerPass
 from miner_lens.running.hooks import Hook, Shared, prompt_hooks
-from miner_lens.running.totals import Keep, Max, Min, Sum, Top, Totals
+from miner_lens.running.stateful import State, Stateful
 
-State = dict[str, Tensor]
 R = TypeVar("R", covariant=True)
 
-REASONS = 5
 
-
-class Analyzer(ABC, Generic[R]):
+class Analyzer(Stateful, ABC, Generic[R]):
     """Reads hook points during passes and folds what it sees into a small state.
 
     An analysis is a subclass with three methods: `points`, `see` and `result`. Batches, padding,
@@ -72,9 +69,8 @@ class Analyzer(ABC, Generic[R]):
     _given: Mapping[str, Any] = MappingProxyType({})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make its state, so that a subclass's `__init__` need not call this one's."""
+        """Note what it is made with, so that a subclass's `__init__` need not call this one's."""
         self = super().__new__(cls)
-        self._totals, self._counts = Totals(), Totals()
         self._points = tuple[Point, ...]()
         try:
             given = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
@@ -108,109 +104,6 @@ class Analyzer(ABC, Generic[R]):
     @abstractmethod
     def result(self) -> R:
         """What it amounts to."""
-
-    # What `see` calls.
-
-    def sum(self, name: str, value: Tensor | float, at: int | None = None) -> None:
-        """Add to a sum, in float64, or in int64 for whole numbers.
-
-        Args:
-            name: Of the state.
-            value: Of any shape, the same each time.
-            at: A place on the first axis of the state, such as `point.layer`.
-        """
-        self._totals.add(name, Sum({"value": torch.as_tensor(value).detach()}), at)
-
-    def max(self, name: str, value: Tensor | float, at: int | None = None) -> None:
-        """Keep the larger of each element; see `sum`."""
-        self._totals.add(name, Max({"value": _floating(value)}), at)
-
-    def min(self, name: str, value: Tensor | float, at: int | None = None) -> None:
-        """Keep the smaller of each element; see `sum`."""
-        self._totals.add(name, Min({"value": _floating(value)}), at)
-
-    def top(self, name: str, values: Tensor, ids: Tensor, k: int, at: int | None = None) -> None:
-        """Keep the k largest values of each cell, with the ids of what had them.
-
-        `self[name]` has `values` [k *cell], falling, and `ids` [k *cell part].
-
-        Args:
-            name: Of the state.
-            values: [candidate *cell], such as `x[mask]`, [token neuron]; compared in float32.
-            ids: Whole numbers for each candidate, [candidate] or [candidate part], such as
-                `batch.places[mask]`. Which of equal values stay is drawn from their ids.
-            k: How many to keep; where there are fewer, the rest is -inf, with ids -1.
-            at: A place on the first axis of the state, such as `point.layer`.
-        """
-        self._totals.add(name, Top.of(values, ids, k), at)
-
-    def keep(
-        self, name: str, rows: Tensor, at_most: int, seed: int = 0, ids: Tensor | None = None
-    ) -> None:
-        """Keep a random sample of rows, the same however the data are dealt to processes.
-
-        `self[name]` is [row ...].
-
-        Args:
-            name: Of the state.
-            rows: [row ...]: one for each sample of the batch, or with ids.
-            at_most: How many to keep.
-            seed: Of the draw.
-            ids: Whole numbers that are each row's alone, [row] or [row part], such as
-                `batch.places[mask]`; left out, rows are the batch's samples.
-
-        Raises:
-            ValueError: Rows without ids are not one for each sample.
-        """
-        if ids is None:
-            ids = self._index
-            if len(ids) != len(rows):
-                raise ValueError(
-                    f"keep({name!r}) was given {len(rows)} rows for {len(ids)} samples and no ids. "
-                    "Give ids that are each row's alone, such as batch.places[mask]."
-                )
-        self._totals.add(name, Keep.of(rows, ids, at_most, seed))
-
-    # What `result` reads.
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            known = ", ".join(self._totals.named) or "nothing yet, as no sample has been seen"
-            raise KeyError(f"There is no state {name!r}; there is {known}.")
-        return self._totals.named[name].value
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._totals.named
-
-    @property
-    def samples(self) -> int:
-        """How many samples it has seen."""
-        return self._counted("samples").get("", 0)
-
-    @property
-    def skipped(self) -> int:
-        """How many could not be used."""
-        return sum(self._counted("skipped").values())
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why the first of them could not be used."""
-        return tuple(filter(None, self._counted("skipped")))
-
-    @property
-    def occurrences(self) -> dict[str, int]:
-        """In how many samples each modality occurred that the data know of."""
-        return self._counted("modality")
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that occurred in any sample."""
-        return tuple(name for name, count in self.occurrences.items() if count)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels that occurred, in alphabetical order."""
-        return tuple(sorted(self._counted("label")))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -282,10 +175,9 @@ class Analyzer(ABC, Generic[R]):
         Raises:
             SampleError: The media do not fit the placeholders.
         """
-        self._index = torch.tensor(batch.index)
         for site in {self.site, *(point.site for point in self._points)} - {"llm"}:
             TowerPass.of(batch, hf_model, site)
-        self._totals.forget()
+        self.forget(batch.index)
         self._calls = dict.fromkeys(self._points, 0)
         self._finite: list[tuple[Point, Tensor]] = []
 
@@ -335,7 +227,7 @@ class Analyzer(ABC, Generic[R]):
                     f"times, so {type(self).__name__} has not seen what it reads."
                 )
         # Layers may lie on several devices; only the last step waits for them.
-        made = {name: total.is_sound()[None] for name, total in self._totals.ready().items()}
+        made = {name: total.is_sound()[None] for name, total in self.added().items()}
         flags = [*(flag for _, flag in self._finite), *made.values()]
         if not flags or bool(torch.cat([flag.to(flags[0].device) for flag in flags]).all()):
             return
@@ -357,33 +249,8 @@ class Analyzer(ABC, Generic[R]):
 
     def accept(self, batch: Batch) -> None:
         """Fold what the pass has added."""
-        self._totals.fold()
-        self._count("samples/", len(batch.ids))
         present = batch.present if self.site == "llm" else batch.towers[self.site].present
-        for name, count in present.items():
-            self._count(f"modality/{name}", count)
-        for label in batch.labels:
-            if label is not None:
-                self._count(f"label/{label}", 1)
-
-    def skip(self, reason: str) -> None:
-        """Count a sample that could not be used; of the first few the reason is kept."""
-        kept = reason[:1_000] if len(self.reasons) < REASONS else ""
-        self._count(f"skipped/{kept}", 1)
-
-    def state_dict(self) -> State:
-        """Everything that was folded, as tensors that `load_state_dict` takes."""
-        parts = {"state": self._totals.state_dict(), "counts": self._counts.state_dict()}
-        return {f"{part}/{key}": t for part, state in parts.items() for key, t in state.items()}
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue from what `state_dict` returned, forgetting what was seen before."""
-        self._totals, self._counts = (
-            Totals.from_state_dict(
-                {key.removeprefix(part): t for key, t in state.items() if key.startswith(part)}
-            )
-            for part in ("state/", "counts/")
-        )
+        self.fold(len(batch.ids), present, batch.labels)
 
     def merge_state_dict(self, state: State) -> None:
         """Add what another analyzer of the same settings has seen."""
@@ -404,29 +271,12 @@ class Analyzer(ABC, Generic[R]):
             )
         if other.identity is not None:
             self._remember(other.identity)
-        for own, theirs in ((self._totals, other._totals), (self._counts, other._counts)):
-            for name, total in theirs.named.items():
-                own.merge(name, total)
+        self.add_state(other)
 
     def _remember(self, model: ModelIdentity) -> None:
         if self.identity is not None:
             self.identity.check(model)
         self.identity = model
-
-    def _count(self, name: str, count: Tensor | int) -> None:
-        self._counts.merge(name, Sum({"value": torch.as_tensor(count)}))
-
-    def _counted(self, what: str) -> dict[str, int]:
-        return {
-            name.removeprefix(f"{what}/"): int(total.value)
-            for name, total in self._counts.named.items()
-            if name.startswith(f"{what}/")
-        }
-
-
-def _floating(value: Tensor | float) -> Tensor:
-    tensor = torch.as_tensor(value).detach()
-    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 def _finite(x: Tensor) -> Tensor:

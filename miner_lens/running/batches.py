@@ -14,7 +14,7 @@ from miner_lens.data.items import prepared_pair
 from miner_lens.data.sample import Sample, SampleError
 from miner_lens.models.access import layout
 from miner_lens.models.collate import collate, fit, kinds
-from miner_lens.models.generation import Inputs, input_device, render, to_device
+from miner_lens.models.generation import Inputs, awaits_answer, input_device, render, to_device
 from miner_lens.running.batch import Batch
 
 BatchSize = int | Literal["auto"]
@@ -42,7 +42,9 @@ class Item:
         if not isinstance(value, Sample):
             return cls(number, value)
         try:
-            return cls(number, value, render(model, [value.messages]))
+            return cls(
+                number, value, render(model, [value.messages], awaits_answer(value.messages))
+            )
         except SampleError as error:
             return cls(number, value, None, SampleError(f"{cls(number, value).name}: {error}"))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from miner_lens import files
 from miner_lens.data.signature import signature
-from miner_lens.running.analyzer import State
+from miner_lens.running.stateful import State
 
 KIND = "run"
 LOCK = ".lock"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from miner_lens.launchers import launcher
-from miner_lens.running.analyzer import State
+from miner_lens.running.stateful import State
 
 TIMEOUT = timedelta(hours=6)  # how long ranks that are done wait for the others
 INTERVAL = 1.0  # seconds between two reports of progress

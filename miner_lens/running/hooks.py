@@ -79,8 +79,10 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
     running: list[Batch] = []
     last: list[Tensor] = []
 
-    def begin(ids: Tensor, hook: Any) -> None:
+    def begin(embedded: Tensor, hook: Any) -> None:
         running.clear()
+        # Some families embed other tokens in the place of media.
+        ids = embedded if inputs.ids is None else inputs.ids
         # transformers 5.24 has renamed it.
         cache = inputs.all.get("cache", inputs.all.get("past_key_values"))
         former, last[:] = tuple(last), [ids]

@@ -86,7 +86,7 @@ def run(
         batch_size: Samples in one forward pass. Changes speed, not results. `"auto"` puts samples
             of like length together, up to a number of tokens that is halved when memory runs out.
             Prepared pairs are passed on as they are.
-        limit: Stop after this many samples (or pairs).
+        limit: So many samples at most, the first ones; a prepared pair counts as one.
         on_error: What to do with a sample that cannot be read or gives NaN or infinite
             activations: raise `SampleError`, or skip and count it.
         progress: Whether to show a progress bar with samples per second.
@@ -108,7 +108,7 @@ def run(
         SampleError: A sample is unusable and `on_error="raise"`.
         RankError: Another process has stopped.
     """
-    _check_arguments(analyzers, batch_size, on_error)
+    _check_arguments(analyzers, batch_size, limit, on_error)
     model = prepared_bridge(model)
     device = input_device(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
@@ -223,12 +223,16 @@ def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
                 )
 
 
-def _check_arguments(analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str) -> None:
+def _check_arguments(
+    analyzers: tuple[Any, ...], batch_size: BatchSize, limit: int | None, on_error: str
+) -> None:
     if not analyzers:
         raise ValueError("run needs at least one analyzer, such as ml.ImportanceAnalyzer().")
     if len({id(analyzer) for analyzer in analyzers}) < len(analyzers):
         raise ValueError("An analyzer was given twice; each keeps its own state.")
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be at least 1, or 'auto', not {batch_size!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; give a number of samples, or None for all of them.")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")

@@ -9,13 +9,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import reduce, wraps
 from itertools import pairwise
+from typing import ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Given, Made = ParamSpec("Given"), TypeVar("Made")
 
 METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
 
@@ -55,11 +58,28 @@ class Segments:
         return first, self.stops[bisect_right(self.stops, stop - 1)]
 
 
+def _exact(kernel: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Have a kernel compute in fp32 also where the model runs under autocast."""
+
+    @wraps(kernel)
+    def exact(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = first.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return kernel(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return exact
+
+
+@_exact
 def head_mean_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
     causal: bool = False,
     mask: Bool[Tensor, "batch pos"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch query key"]:
     """Attention pattern averaged over heads, in fp32, without a `[head, query, key]` tensor.
 
@@ -69,6 +89,7 @@ def head_mean_attention(
         causal: Whether a query sees only the keys up to its own position. The published
             MINER code sees all of them, hence the default.
         mask: True at real tokens. Padding keys get no weight; rows of padding queries are 0.
+        scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
 
     Raises:
         ValueError: If the key heads do not divide the query heads, or there are not as many keys
@@ -79,7 +100,7 @@ def head_mean_attention(
         >>> head_mean_attention(q, k, causal=True)[0, 1]
         tensor([0.5000, 0.5000, 0.0000])
     """
-    pattern = _Pattern(q, k, causal, mask)
+    pattern = _Pattern(q, k, causal, mask, scale=scale)
     batch, _, pos, _ = q.shape
     attention = q.new_zeros(batch, pos, pos, dtype=torch.float32)
     for start, stop in pattern.chunks():
@@ -97,6 +118,7 @@ class _Pattern:
         causal: bool,
         mask: Bool[Tensor, "batch pos"] | None = None,
         segments: Segments | None = None,
+        scale: float | None = None,
     ) -> None:
         self.batch, self.heads, self.pos, d_head = q.shape
         kv_heads = k.shape[1]
@@ -120,7 +142,7 @@ class _Pattern:
         self.k = rearrange(
             k.detach().float(), "batch kv_head key d_head -> kv_head batch d_head key"
         )
-        self.scale = d_head**-0.5
+        self.scale = d_head**-0.5 if scale is None else scale
         self.causal = causal
         self.mask = mask
         self.segments = segments
@@ -168,6 +190,7 @@ class _Pattern:
         return hidden
 
 
+@_exact
 def attention_sums(
     attention: Float[Tensor, "batch query key"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch direction modality pos"]:
@@ -194,6 +217,7 @@ def attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
+@_exact
 def fused_attention_sums(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -201,6 +225,7 @@ def fused_attention_sums(
     causal: bool = False,
     mask: Bool[Tensor, "batch pos"] | None = None,
     segments: Segments | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch direction modality pos"]:
     """What `attention_sums` makes of `head_mean_attention`, from queries and keys alone.
 
@@ -215,6 +240,7 @@ def fused_attention_sums(
         causal: Whether a query sees only the keys up to its own position.
         mask: True at real tokens; padding keys get no weight.
         segments: Which positions attend to each other; default all.
+        scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
 
     Raises:
         ValueError: As `head_mean_attention`.
@@ -226,7 +252,7 @@ def fused_attention_sums(
         tensor([[1., 1., 0.],
                 [1., 1., 0.]])
     """
-    pattern = _Pattern(q, k, causal, mask, segments)
+    pattern = _Pattern(q, k, causal, mask, segments, scale)
     inside = masks.float()
     over_query = torch.zeros_like(inside)
     attn_k, attn_q = torch.zeros_like(inside), torch.zeros_like(inside)
@@ -249,6 +275,7 @@ def fused_attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
+@_exact
 def statistics(
     x: Float[Tensor, "batch pos neuron"],
     sums: Float[Tensor, "batch direction modality pos"],

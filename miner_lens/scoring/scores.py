@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from miner_lens.models.identity import ModelIdentity
+from miner_lens.models.identity import ModelIdentity, better_known
 from miner_lens.models.result import Result
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring import select
@@ -142,6 +143,12 @@ class ImportanceScores(Result):
             raise KeyError(f"There is no {modality!r} here; there are {', '.join(self.modalities)}")
         return self.values[:, self.modalities.index(modality)]
 
+    def __contains__(self, modality: object) -> bool:
+        return modality in self.modalities
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modalities)
+
     def __repr__(self) -> str:
         site = "" if self.site == "llm" else f", site={self.site!r}"
         shape = f"{self.layers} layers x {self.neurons} neurons{site}"
@@ -191,7 +198,7 @@ class ImportanceScores(Result):
             occurrences=[a + b for a, b in pairs],
             skipped=self.skipped + other.skipped,
             means=means,
-            identity=self.identity or other.identity,
+            identity=better_known(self.identity, other.identity),
             info=merge_info(self.info, other.info),
         )
 
@@ -207,8 +214,9 @@ class ImportanceScores(Result):
         sets may have different modalities; the result has all of them.
 
         Raises:
-            ValueError: If there are none, or they are of different models, metrics or attention
-                modes.
+            ValueError: If there are none, they are of different models, metrics or attention
+                modes, or one of several is such a mean already.
+            TypeError: If they are no scores.
 
         Example:
             >>> pictures = ImportanceScores(torch.full((5, 1, 1, 1), 0.5), ["image"])
@@ -219,6 +227,18 @@ class ImportanceScores(Result):
         sets = list(scores)
         if not sets:
             raise ValueError("ImportanceScores.mean needs the scores of at least one data set.")
+        for one in sets:
+            if not isinstance(one, ImportanceScores):
+                raise TypeError(
+                    "ImportanceScores.mean needs a list of ImportanceScores, one for each data "
+                    f"set; it has {type(one).__name__}."
+                )
+            if one.data_sets > 1 and len(sets) > 1:
+                raise ValueError(
+                    f"One of these scores is the mean of {one.data_sets} data sets already, and "
+                    "those would count less than the others. Give the scores of all data sets at "
+                    "once: ImportanceScores.mean([a, b, c])."
+                )
         for one, other in ((a, b) for i, a in enumerate(sets) for b in sets[i + 1 :]):
             one._check(other)
         modalities = list(dict.fromkeys(name for one in sets for name in one.modalities))
@@ -245,7 +265,7 @@ class ImportanceScores(Result):
             skipped=sum(one.skipped for one in sets),
             data_sets=sum(one.data_sets for one in sets),
             means=torch.stack(means) if with_means else None,
-            identity=next((one.identity for one in sets if one.identity is not None), None),
+            identity=reduce(better_known, [one.identity for one in sets]),
             info=info,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -68,11 +69,18 @@ def test_rows_by_functions() -> None:
     assert data[0] == ml.Sample(MESSAGES, "yes")
 
 
+def test_a_table_of_pandas() -> None:
+    table = pd.DataFrame({"truth": ["yes", "no"], "number": [4, 5]}, index=[7, 0])
+    data = ml.datasets.from_rows(table, lambda row: MESSAGES, answers="truth", id="number")
+    assert len(data) == 2
+    assert list(data) == [ml.Sample(MESSAGES, "yes", "4"), ml.Sample(MESSAGES, "no", "5")]
+
+
 def test_columns_that_are_not_there() -> None:
     table = [{"talk": MESSAGES, "truth": "yes"}]
     with pytest.raises(ValueError, match=r"no column 'lable' for the answers.*'talk', 'truth'"):
         ml.datasets.from_rows(table, "talk", answers="lable")[0]
-    with pytest.raises(TypeError, match=r"not str.*to_dict"):
+    with pytest.raises(TypeError, match=r"not str.*a list of dicts"):
         next(iter(ml.datasets.from_rows({"talk": MESSAGES}, "talk")))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import miner_lens as ml
@@ -59,3 +61,41 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models").symlink_to(ml.organisms.path("shapes"))
     assert ml.load("~/models", device="cpu").processor is not None
+
+
+def test_options_reach_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, dict[str, Any]] = {}
+    kinds = (transformers.AutoConfig, transformers.Qwen2VLForConditionalGeneration)
+    for kind in (*kinds, transformers.AutoProcessor):
+        original = kind.from_pretrained
+
+        def look(
+            path: Any, *, _original: Any = original, _name: str = kind.__name__, **options: Any
+        ) -> Any:
+            asked.setdefault(_name, options)
+            return _original(path, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", look)
+    model = ml.load(
+        "shapes",
+        device="cpu",
+        torch_dtype=torch.bfloat16,
+        attn_implementation="eager",
+        local_files_only=True,
+    )
+    assert model.original_model.dtype == torch.bfloat16
+    assert model.original_model.config._attn_implementation.endswith("eager")
+    assert [options["local_files_only"] for options in asked.values()] == [True] * 3
+    assert {name for name, options in asked.items() if "attn_implementation" in options} == {
+        "Qwen2VLForConditionalGeneration"
+    }
+
+
+def test_options_that_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="dtype or torch_dtype, not both"):
+        ml.load("shapes", dtype=torch.float32, torch_dtype=torch.bfloat16)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="atn_implementation"):
+        ml.load("shapes", device="cpu", atn_implementation="eager")

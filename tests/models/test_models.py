@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,12 @@ from transformers import (
 )
 
 import miner_lens as ml
+from miner_lens.analyzers.attention_sums import AttentionSums
+from miner_lens.data.media import load_media, load_video
 from miner_lens.models import access as models
 from miner_lens.models import attention, generation, sites
+from miner_lens.running.batches import Item
+from miner_lens.scoring import kernels
 from tests.analyzers.test_reference_model import EACH_SAMPLE, logits, model_inputs
 from tests.reference import REFERENCE, load
 
@@ -349,6 +354,97 @@ def test_images_as_paths_and_bytes(shapes: Any, tmp_path: Path) -> None:
         assert torch.equal(other["pixel_values"], rendered[0]["pixel_values"])
 
 
+class Halved:
+    """A video processor that takes every second frame."""
+
+    do_sample_frames = True
+
+    def sample_frames(self, metadata: Any, **_: Any) -> Any:
+        return np.arange(0, metadata.total_num_frames, 2)
+
+
+def test_processors_are_told_of_videos(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    kind = type(shapes.processor.video_processor)
+    decode = kind._decode_and_sample_videos
+
+    def look(self: Any, videos: Any, video_metadata: Any, **options: Any) -> Any:
+        seen.update(options, metadata=video_metadata)
+        return decode(self, videos, video_metadata, **options)
+
+    monkeypatch.setattr(kind, "_decode_and_sample_videos", look)
+    monkeypatch.setattr(generation, "load_media", lambda messages, processor: [told])
+    given: Any = load_media(CONVERSATIONS["video"], shapes.processor)[0]
+    part = given["content"][0]
+    part["metadata"] |= {"fps": 4.0, "total_num_frames": 16, "frames_indices": [0, 4, 8, 12]}
+    told = given
+    ml.inputs(shapes, CONVERSATIONS["video"])
+    assert not seen["do_sample_frames"]
+    assert seen["metadata"][0]["frames_indices"] == [0, 4, 8, 12]
+    assert seen["metadata"][0]["fps"] == 4.0
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", None])
+def test_text_models_read_messages_of_unequal_length(shapes: Any, pad: str | None) -> None:
+    tokenizer = copy.deepcopy(shapes.processor.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = pad
+    config = LlamaConfig(**(llama_config(layers=2).to_dict() | {"vocab_size": len(tokenizer)}))
+    bridge = ml.wrap(LlamaForCausalLM(config).eval(), tokenizer)
+    several = [[{"role": "user", "content": text}] for text in ("red?", "what color is it?", "no")]
+    assert ml.generate(bridge, several, 4) == [ml.generate(bridge, one, 4) for one in several]
+    batch = generation.prepare_inputs(bridge, several)
+    assert batch["attention_mask"].sum(1).tolist() == [
+        ml.inputs(bridge, one)["input"].shape[1] for one in several
+    ]
+
+
+def test_a_conversation_that_ends_with_an_answer_is_mined_as_it_is(shapes: Any) -> None:
+    asked = ask()
+    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+    for messages, awaits in ((asked, True), (answered, False)):
+        prepared = Item.prepared(shapes, 0, ml.Sample(messages)).inputs
+        assert prepared is not None
+        expected = ml.inputs(shapes, messages, add_generation_prompt=awaits)["input"]
+        assert torch.equal(prepared["input_ids"], expected)
+
+
+def test_scores_under_autocast(shapes: Any) -> None:
+    """The model computes in bfloat16, the scores of what it computes are in float32."""
+    seen: dict[str, Any] = {}
+
+    class Sums(ml.Analyzer[Any]):
+        def needs(self) -> list[Any]:
+            return [AttentionSums()]
+
+        def points(self, model: Any) -> list[Any]:
+            return ml.activation_points(model)[:1]
+
+        def see(self, x: Any, point: Any, batch: Any) -> None:
+            seen["x"], seen["masks"] = x.clone(), batch.stacked
+            seen["sums"] = AttentionSums().of_layer(batch, 0)
+
+        def result(self) -> None:
+            return None
+
+    def look(tensor: Any, hook: Any) -> None:
+        seen[hook.name] = tensor.transpose(1, 2)
+
+    data = ml.datasets.load("easy-vqa", limit=1)
+    points = [f"blocks.0.attn.hook_rot_{name}" for name in "qk"]
+    with torch.autocast("cpu", torch.bfloat16), shapes.hooks(fwd_hooks=[(p, look) for p in points]):
+        ml.run(shapes, data, Sums(), progress=False)
+    assert seen["x"].dtype == torch.bfloat16
+    sums = kernels.fused_attention_sums(*(seen[point] for point in points), seen["masks"])
+    assert torch.equal(seen["sums"], sums)
+
+
 def test_video_file(shapes: Any, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
@@ -362,6 +458,9 @@ def test_video_file(shapes: Any, tmp_path: Path) -> None:
     inputs = ml.inputs(shapes, ask({"type": "video", "video": path}))
     frames, *_ = inputs["video_grid_thw"][0].tolist()
     assert 2 <= frames <= 8
+    _, metadata = load_video(path, SimpleNamespace(video_processor=Halved()))
+    assert (metadata["fps"], metadata["total_num_frames"]) == (4, 16)
+    assert metadata["frames_indices"] == list(range(0, 16, 2))
     assert isinstance(ml.generate(shapes, ask({"type": "video", "video": str(path)}), 4), str)
 
 

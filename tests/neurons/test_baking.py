@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def test_nothing_else_changes(tiny: Any, tmp_path: Path, wrapped: bool) -> None:
 
 def test_dtype_is_kept(tmp_path: Path) -> None:
     half = ml.load("shapes", device="cpu", dtype=torch.bfloat16)
+    before = copy.deepcopy(vars(half.original_model.config))
     path = ml.bake(half, some(half), tmp_path)
+    assert vars(half.original_model.config) == before
+    assert half.original_model.config.dtype is torch.bfloat16
     assert AutoModelForImageTextToText.from_pretrained(path).dtype == torch.bfloat16
 
 

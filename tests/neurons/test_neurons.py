@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +77,12 @@ def test_inputs() -> None:
     assert NeuronSet(array, layers=3, neurons=5) == expected
     assert NeuronSet(torch.tensor(array, dtype=torch.int32), layers=3, neurons=5) == expected
     assert NeuronSet.from_mask(expected.mask) == expected
+    frame = expected.to_frame()[["layer", "neuron"]]
+    for table in (frame, frame[["neuron", "layer"]]):
+        assert NeuronSet(table, layers=3, neurons=5) == expected
+    with pytest.raises(ValueError, match="layer and neuron, of one site, not site, layer, neuron"):
+        NeuronSet(expected.to_frame(), layers=3, neurons=5)
+    assert NeuronSet(frame[frame["layer"] > 4], layers=3, neurons=5) == make()
     assert NeuronSet(expected, layers=3, neurons=5) == expected
     assert len(make()) == 0
     for absent in [(0, 0), (0, 9), (-1, 4), "text", 3, (0, 1, 2)]:
@@ -88,10 +95,44 @@ def test_neuron_outside_the_model(pair: tuple[int, int]) -> None:
         make((0, 0), pair)
 
 
-@pytest.mark.parametrize("pairs", [[1, 2, 3], [(1, 2, 3)], [(0.5, 1.0)], [(1, 2), (3,)], ["ab"]])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [1, 2, 3],
+        [(1, 2, 3)],
+        [(0.5, 1.0)],
+        [(1, 2), (3,)],
+        ["ab"],
+        3,
+        np.ones((3, 2), dtype=bool),
+        torch.ones(1, 2, dtype=torch.complex64),
+    ],
+)
 def test_not_pairs(pairs: Any) -> None:
     with pytest.raises(ValueError, match=r"must be pairs \(layer, neuron\)"):
         NeuronSet(pairs, layers=3, neurons=5)
+
+
+@pytest.mark.parametrize("mask", [torch.rand(3, 5), np.ones((3, 5)), torch.ones(15) > 0])
+def test_not_a_mask(mask: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be booleans \[layer neuron\], not torch"):
+        NeuronSet.from_mask(mask)
+
+
+def test_masks_of_numpy() -> None:
+    neurons = make((0, 1), (2, 4))
+    assert NeuronSet.from_mask(neurons.mask.numpy()) == neurons  # type: ignore[arg-type]
+
+
+def test_what_is_known_of_the_model_is_kept() -> None:
+    """Where weights could not be read, nobody knows which they are; that must not spread."""
+    vague = make((0, 1), identity=replace(IDENTITY, fingerprint=None))
+    ours = make((0, 2), identity=IDENTITY)
+    other = make((0, 3), identity=replace(IDENTITY, fingerprint="xyz"))
+    assert (vague | ours).identity == (ours | vague).identity == IDENTITY
+    assert vague | ours == ours | vague
+    with pytest.raises(ValueError, match="weights abc"):
+        vague | ours | other
 
 
 def test_of_a_model() -> None:
@@ -153,6 +194,44 @@ def test_means_follow_the_algebra() -> None:
     assert hash(with_means) == hash(make((0, 1)))
 
 
+@few
+@given(sets, sets, sets, st.lists(st.sampled_from([None, 0.0, 1.0]), min_size=3, max_size=3))
+def test_means_that_differ_are_in_doubt_in_any_order(
+    a: NeuronSet, b: NeuronSet, c: NeuronSet, values: list[float | None]
+) -> None:
+    """A set is combined with sets of other data: no data's means may win by their place."""
+    steps = torch.arange(15.0).view(3, 5)
+    a, b, c = (
+        make(*one, means=None if value is None else value * steps)
+        for one, value in zip((a, b, c), values, strict=True)
+    )
+    known = {value for value in values if value is not None}
+    for combined in ((a | b) | c, c | (b | a), a ^ (b ^ c), (b & c) & a, (a - b) - c):
+        if not known:
+            assert combined.means is None
+            continue
+        expected = max(known) * steps
+        if len(known) > 1:
+            expected[steps > 0] = torch.nan  # but neuron (0, 0) has the mean 0 in all
+        torch.testing.assert_close(combined.means, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_means_in_doubt_are_not_written() -> None:
+    model = vision_model()
+    means = torch.rand(2, 48)
+    one = NeuronSet([(0, 3)], layers=2, neurons=48, means=means)
+    other = NeuronSet(
+        [(1, 4)], layers=2, neurons=48, means=means.clone().index_fill_(1, torch.tensor(4), 2)
+    )
+    with pytest.raises(ValueError, match=r"not one value for 1 of 2 neurons.*one ablation inside"):
+        ablate(model, one | other, "mean").__enter__()
+    for fine in (one | one, one | NeuronSet([(1, 5)], layers=2, neurons=48), (one | other) & one):
+        with ablate(model, fine, "mean"):
+            pass
+    with ablate(model, one | other):
+        pass
+
+
 def test_sets_of_different_models_do_not_mix() -> None:
     ours = make((0, 1), identity=IDENTITY)
     other = ModelIdentity("big", "Qwen2VL", 3, 6)
@@ -197,8 +276,17 @@ def test_transfer() -> None:
     assert list(moved) == list(ours)
     assert moved.identity == other
     assert moved.means is None
+    model = vision_model()
+    tower = NeuronSet([(1, 39)], layers=3, neurons=40, site="vision").transfer(model)
+    assert tower.identity == identity(model, "vision")
+    with pytest.raises(ValueError, match="not one of its sites"):
+        NeuronSet([(1, 39)], layers=3, neurons=40, site="audio").transfer(model)
     with pytest.raises(ValueError, match="4 x 5"):
         ours.transfer(ModelIdentity("tall", "Qwen2VL", 4, 5))
+    for tower in (make((0, 1), site="vision"), make(identity=replace(IDENTITY, site="vision"))):
+        with pytest.raises(ValueError, match=r"site 'vision'.*site 'llm'"):
+            tower.transfer(other)
+        assert tower.transfer(replace(other, site="vision")).site == "vision"
 
 
 @few
@@ -310,8 +398,12 @@ def test_random_and_union() -> None:
     assert NeuronSet.union(drawn) == drawn[0] | drawn[2]
     with pytest.raises(ValueError, match="Cannot draw 61 of the model's 60 neurons"):
         NeuronSet.random(61, like=like)
+    assert NeuronSet.union({"a": drawn[0], "b": drawn[2]}) == drawn[0] | drawn[2]
     with pytest.raises(ValueError, match="at least one set"):
         NeuronSet.union([])
+    for wrong in (drawn[0], ["a"], [drawn[0], None]):
+        with pytest.raises(TypeError, match=r"a list of NeuronSets.*has (tuple|str|NoneType)"):
+            NeuronSet.union(wrong)  # type: ignore[arg-type]
 
 
 def test_numpy_pairs_names_and_shared_memory() -> None:

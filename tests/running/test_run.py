@@ -218,6 +218,18 @@ def test_any_iterable_and_limit(shapes: Any, samples: list[ml.Sample]) -> None:
             yield from samples
 
     assert mine(shapes, forever(), limit=7, batch_size=2).samples == 7
+    for data in (samples, iter(samples)):
+        for limit in (0, -1):
+            with pytest.raises(ValueError, match=f"limit is {limit}; give a number of samples"):
+                mine(shapes, data, limit=limit)
+
+
+def test_a_limit_counts_samples_everywhere(shapes: Any) -> None:
+    both = ml.datasets.load("easy-vqa", limit=5, ask="both")
+    assert len(both) == 5
+    named = {"all": both, "more": both}
+    for data, limit, seen in ((both, None, 5), (iter(both), 3, 3), (both, 9, 5), (named, 6, 6)):
+        assert mine(shapes, data, limit=limit).samples == seen
 
 
 def test_eager_bridges_are_mined_fused_and_stay_eager(samples: list[ml.Sample]) -> None:

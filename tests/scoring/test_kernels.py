@@ -277,3 +277,17 @@ def test_maxima_as_a_cpu_and_as_a_gpu_computes_them(by_stretch: bool) -> None:
             inside = x[row, masks[row, modality]]
             wanted = inside.amax(0) if len(inside) else torch.full((5,), -torch.inf)
             assert torch.equal(found[row, modality], wanted)
+
+
+def test_kernels_compute_in_fp32_under_autocast() -> None:
+    x, q, k, masks = layer(seed=1, pos=30, neurons=12, modalities=3)
+
+    def computed() -> list[Tensor]:
+        sums = kernels.fused_attention_sums(q, k, masks=masks)
+        attention = kernels.head_mean_attention(q, k)
+        raw = kernels.statistics(x, sums, masks)
+        return [sums, attention, kernels.attention_sums(attention, masks), raw]
+
+    expected = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, computed(), expected))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_other_shapes_and_modalities_do_not_add_up() -> None:
         a + 1  # type: ignore[operator]
 
 
+def test_what_has_no_mean() -> None:
+    for wrong in (make(), {"a": make()}, [make(), None]):
+        with pytest.raises(TypeError, match=r"a list of ImportanceScores.*it has (str|NoneType)"):
+            ImportanceScores.mean(wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_known_of_the_model_is_kept() -> None:
+    named, vague = make(identity=replace(IDENTITY, fingerprint="abc")), make(identity=IDENTITY)
+    for together in (vague + named, named + vague, make() + named):
+        assert together.identity == named.identity
+    assert ImportanceScores.mean([make(), vague, named]).identity == named.identity
+
+
 def test_mean_over_data_sets() -> None:
     a, b = make(1, 10, "video"), make(2, 2, "image")
     c = ImportanceScores(torch.rand(5, 1, 2, 30), ["audio"], means=torch.rand(1, 2, 30))
@@ -214,6 +228,9 @@ def test_views() -> None:
     assert torch.equal(scores["image"], scores.values[:, 2])
     with pytest.raises(KeyError, match="no 'audio' here; there are text, special"):
         scores["audio"]
+    assert "image" in scores
+    assert "audio" not in scores
+    assert list(scores) == list(MODALITIES)
     lines = repr(scores).splitlines()
     assert lines[0].startswith("ImportanceScores(2 layers x 30 neurons of shapes, samples=9")
     assert [line.split()[0] for line in lines[2:]] == list(MODALITIES)
@@ -296,7 +313,12 @@ def test_means_of_data_sets_do_not_add_up(tmp_path: Path) -> None:
                 a + b
     alone = ImportanceScores.mean([one])
     assert (alone + other).samples == one.samples + other.samples
-    assert ImportanceScores.mean([mean, one]).data_sets == 3
+    assert ImportanceScores.mean([mean]).data_sets == 2
+    third = make(seed=3)
+    assert ImportanceScores.mean([one, other, third]).data_sets == 3
+    for nested in ([mean, third], [third, mean]):
+        with pytest.raises(ValueError, match=r"mean of 2 data sets already.*all data sets at once"):
+            ImportanceScores.mean(nested)
 
 
 def test_files_of_the_first_version() -> None:
