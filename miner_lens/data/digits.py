@@ -62,16 +62,19 @@ class Question(NamedTuple):
     answer: str
 
 
-def describe(digit: int, row: int) -> str:
-    """One sentence that names a digit; the image's row seeds the draw of a wording.
+def describe(digit: int, nth: int) -> str:
+    """One sentence that names a digit.
 
-    By the row itself, wordings would favour digits: writers begin with 0, 1, 2 and so on.
+    Args:
+        digit: The digit.
+        nth: How many images of this digit come before; it picks the wording. The row would not do:
+            writers begin with 0, 1, 2 and so on, so that wordings would favour digits.
 
     Example:
         >>> describe(7, 0)
-        'on this slip of paper stands a seven.'
+        'the picture shows a handwritten seven.'
     """
-    return random.Random(row).choice(DESCRIPTIONS).format(digit=NUMBERS[digit])
+    return DESCRIPTIONS[nth % len(DESCRIPTIONS)].format(digit=NUMBERS[digit])
 
 
 def drawing(ink: np.ndarray) -> Image.Image:
@@ -104,6 +107,7 @@ def load(split: str, ask: str, limit: int | None) -> SampleList:
     file = load_digits()
     rows = range(FIRST_TEST_ROW) if split == "train" else range(FIRST_TEST_ROW, len(file.target))
     digits = {row: int(file.target[row]) for row in rows}
+    nth = _nth_of_its_digit(digits)
     modalities = ASKS[ask]
 
     @cache
@@ -114,7 +118,7 @@ def load(split: str, ask: str, limit: int | None) -> SampleList:
         if modality == "image":
             seen = {"type": "image", "image": image(question.row)}
             return [seen, {"type": "text", "text": question.text}]
-        description = describe(digits[question.row], question.row)
+        description = describe(digits[question.row], nth[question.row])
         return [{"type": "text", "text": f"{description} {question.text}"}]
 
     samples = [
@@ -141,13 +145,12 @@ def questions(digits: dict[int, int]) -> list[Question]:
         Question(row=0, text='which digit is this?', answer='four')
     """
     rng = random.Random(0)
-    nth: Counter[int] = Counter()
     asked = []
-    for row, digit in digits.items():
-        # Wordings take turns within each digit, so that none of them favours a digit.
-        text = VALUE[nth[digit] % len(VALUE)]
-        nth[digit] += 1
-        asked.append(Question(row, text, NUMBERS[digit]))
+    for row, nth in _nth_of_its_digit(digits).items():
+        # Wordings take turns within each digit, so that none favours a digit; once for each turn
+        # of the descriptions, so that each meets each.
+        text = VALUE[nth // len(DESCRIPTIONS) % len(VALUE)]
+        asked.append(Question(row, text, NUMBERS[digits[row]]))
     for texts in _yes_or_no():
         times = len(digits) // (2 * len(texts))
         for text, true_of in texts.items():
@@ -157,6 +160,16 @@ def questions(digits: dict[int, int]) -> list[Question]:
                 asked += [Question(row, text, answer) for row in chosen]
     rng.shuffle(asked)
     return sorted(asked, key=lambda question: question.row)
+
+
+def _nth_of_its_digit(digits: dict[int, int]) -> dict[int, int]:
+    """How many images of the same digit come before each row."""
+    before: Counter[int] = Counter()
+    nth = {}
+    for row, digit in digits.items():
+        nth[row] = before[digit]
+        before[digit] += 1
+    return nth
 
 
 def _yes_or_no() -> list[dict[str, set[int]]]:

@@ -49,7 +49,7 @@ def in_test(name: str) -> bool:
 
 def code() -> Iterator[Document]:
     """The source of the standard library without comments and docstrings."""
-    for name, source in _standard_library().items():
+    for name, source in standard_library(_base()).items():
         yield Document(name, [bare_code(source)])
 
 
@@ -58,7 +58,7 @@ def prose() -> Iterator[Document]:
 
     A topic is a document: it was a file before they were packed into one.
     """
-    for name, source in _standard_library().items():
+    for name, source in standard_library(_base()).items():
         texts = (ast.get_docstring(node) for node in _documented(ast.parse(source)))
         yield Document(name, [text for text in texts if text])
     from pydoc_data.topics import topics
@@ -70,7 +70,7 @@ def prose() -> Iterator[Document]:
 def licences() -> Iterator[Document]:
     """The licences of Python and of the packages that miner-lens depends on."""
     for name in ("LICENSE.txt", "LICENSE"):
-        path = Path(sysconfig.get_path("stdlib")) / name
+        path = _base() / name
         if path.is_file():
             yield Document("python/LICENSE", [path.read_text("utf-8")])
             break
@@ -128,29 +128,12 @@ def in_english(number: int) -> str:
     return _TENS[tens - 2] + (f"-{_SMALL[ones]}" if ones else "")
 
 
-_SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen"),
+    *("sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def _sums(rng: random.Random, test: bool) -> Iterator[tuple[int, str, int]]:
@@ -200,10 +183,20 @@ def _documented(tree: ast.AST) -> Iterator[_Documented]:
             yield node
 
 
+def _base() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
 @cache
-def _standard_library() -> dict[str, str]:
-    """Source by path."""
-    base = Path(sysconfig.get_path("stdlib"))
+def standard_library(base: Path) -> dict[str, str]:
+    """The source of the modules that every distribution of Python has, by path.
+
+    Args:
+        base: Where the standard library is.
+
+    Raises:
+        FileNotFoundError: There is no source.
+    """
     paths = []
     for name in sys.stdlib_module_names - APART:
         paths += [base / f"{name}.py", *(base / name).rglob("*.py")]
