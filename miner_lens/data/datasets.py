@@ -43,9 +43,9 @@ def load(
 
     `digits` (Alpaydin and Kaynak 1998) asks about images of one handwritten digit: its value,
     whether it is even or odd, greater or less than another; 5,055 training and 1,986 test
-    questions with 12 answers, one word each. Training images are rows 0 to 1,286 of
-    scikit-learn's file, by ten writers, test images rows 1,287 to 1,796, by four others. From a
-    question alone, yes and no are equally likely. It comes with scikit-learn
+    questions with 12 answers, one word each. The file goes on writer by writer: rows 0 to 1,286
+    are the training images, rows 1,287 to 1,796, the last four blocks of a writer, the test
+    images. From a question alone, yes and no are equally likely. It comes with scikit-learn
     (`pip install miner-lens[demo]`).
 
     `spoken-scenes` asks about a spoken description of one coloured shape: 480 test questions
@@ -59,11 +59,11 @@ def load(
 
         text = sample.messages[0]["content"] + sample.answers[0]
 
-    is the passage as it was written. For perplexity, tokenize this text without a chat template,
+    is the whole passage. For perplexity, tokenize this text without a chat template,
     and score the tokens after those of the prompt: the cut is between two tokens. Through a chat
     model (`ml.run`), the prompt is read in the user's turn, with no instruction that would be of
     another domain. A document is in one split only, and no long paragraph is in two passages. The
-    list is the same wherever Python and the packages are.
+    list is the same wherever Python and the wheels of the packages are the same.
 
     None of them needs a network.
 

@@ -42,8 +42,8 @@ COMPARISON = (
     "is this digit {what} than {bound}?",
     "do you see a digit {what} than {bound}?",
 )
-# The file keeps the writers apart: each begins anew with 0 to 9, three times. Ten of them come
-# before this row, four after.
+# The file keeps the writers apart, as its order shows: in 14 blocks of about 130 rows, which begin
+# with 0 to 9, three times. Ten blocks are before this row, four after.
 FIRST_TEST_ROW = 1287
 SIDE = 64  # pixels
 

@@ -31,6 +31,7 @@ PER_DOCUMENT = 16  # so that no file is a domain of its own
 # A cut before a single space is between two tokens for every byte-level tokenizer, so that prompt
 # and continuation, tokenized apart, are the tokens of the whole.
 CUT = re.compile(r"(?<=\S) (?=\S)")
+RESULT = re.compile(r"(?: is| =)(?= )")
 
 
 def load(split: str, ask: str, limit: int | None) -> SampleList:
@@ -107,8 +108,8 @@ def cut(passage: str, domain: str) -> tuple[str, str] | None:
     A quarter of the text is held out; of arithmetic, the last result.
     """
     if domain == "arithmetic":
-        prompt, _, result = passage.rpartition(" ")
-        return prompt, f" {result}"
+        result = list(RESULT.finditer(passage))[-1]
+        return passage[: result.end()], passage[result.end() :]
     target = len(passage) - min(len(passage) // 4, CONTINUATION[1])
     for place in CUT.finditer(passage, target):
         prompt, continuation = passage[: place.start()], passage[place.start() :]

@@ -199,6 +199,7 @@ def test_sums_are_right_and_those_of_the_splits_are_others(both_splits):
         asked = [[(min(a, b), sign, max(a, b)) for a, sign, b, _ in sheet] for sheet in found]
         assert all(len(set(sheet)) == len(sheet) for sheet in asked)
         seen[split] = {one for sheet in asked for one in sheet}
+        assert all(parts(sample)[0].endswith((" is", " =")) for sample in samples)
         in_words = [parts(sample)[0].endswith(" is") for sample in samples]
         assert 0.35 < sum(in_words) / len(samples) < 0.65
     assert {sign for _, sign, _ in seen["test"]} == {*"+-*"}
