@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,6 +206,13 @@ def _watching(hf_model: Any) -> list[PassInputs]:
     return [owner for owner in owners if type(owner) is PassInputs]
 
 
+def past_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens of the sequence went before this pass, by its cache."""
+    # The second is its name before transformers 5.24.
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 class PassInputs:
     """The inputs of the forward pass that is running, its token ids and its padding mask."""
 
@@ -239,10 +247,19 @@ class PassInputs:
         self.all = kwargs | {"input_ids": self.ids}
         self.real = None
         mask = kwargs.get("attention_mask")
-        # A static cache passes a mapping of prepared masks instead.
-        if self.ids is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+        if isinstance(mask, Mapping):  # as with a static cache, by kind of attention
+            mask = mask.get("full_attention")
+        if self.ids is None or not isinstance(mask, Tensor):
+            return
+        length = self.ids.shape[1]
+        if mask.ndim == 2:
             # While decoding with a cache the mask spans the past as well.
-            self.real = mask[:, -self.ids.shape[1] :].to(torch.bool)
+            self.real = mask[:, -length:].to(torch.bool)
+        elif mask.ndim == 4 and not past_length(kwargs):
+            # What the last token attends to: all that are real, where the batch is padded on the
+            # left. It is True there, or 0 and not -inf.
+            last = mask[:, 0, -1, :length]
+            self.real = last if last.dtype == torch.bool else last == 0
 
     def forget(self, *_: Any) -> None:
         """A forward hook of the Hugging Face model: what was seen is of no later pass."""

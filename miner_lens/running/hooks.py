@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import pass_inputs, prepare
+from miner_lens.models.bridge import pass_inputs, past_length, prepare
 from miner_lens.models.forward import is_aside
 from miner_lens.models.points import Point
 from miner_lens.running.batch import Batch
@@ -83,12 +83,8 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
         running.clear()
         # Some families embed other tokens in the place of media.
         ids = embedded if inputs.ids is None else inputs.ids
-        # transformers 5.24 has renamed it.
-        cache = inputs.all.get("cache", inputs.all.get("past_key_values"))
         former, last[:] = tuple(last), [ids]
-        if (cache is not None and cache.get_seq_length() > 0) or _continues(
-            ids, former, inputs.all
-        ):
+        if past_length(inputs.all) or _continues(ids, former, inputs.all):
             return  # a step of generation
         real = torch.ones_like(ids, dtype=torch.bool) if inputs.real is None else inputs.real
         given = inputs.all | {"input_ids": ids, "attention_mask": real}

@@ -673,12 +673,18 @@ def test_no_state_keeps_a_graph(shapes: Any, samples: list[ml.Sample]) -> None:
 def test_generating_counts_the_prompt_once(
     shapes: Any, samples: list[ml.Sample], options: dict[str, Any]
 ) -> None:
-    analyzer = Sparsity()
-    with shapes.hooks(fwd_hooks=analyzer.hooks(shapes)):
+    analyzers = [Sparsity(), Sparsity()]
+    with shapes.hooks(fwd_hooks=analyzers[0].hooks(shapes)):
         for sample in samples[:2]:
             ml.generate(shapes, sample.messages, 4, min_new_tokens=4, **options)
-    assert analyzer.samples == 2
-    close(analyzer.result(), sparsity_by_hand(shapes, samples[:2]))
+    together = [sample.messages for sample in samples[:2]]
+    lengths = {ml.inputs(shapes, messages)["input"].shape for messages in together}
+    assert len(lengths) == 2, "one of them must be padded"
+    with shapes.hooks(fwd_hooks=analyzers[1].hooks(shapes)):
+        ml.generate(shapes, together, 4, min_new_tokens=4, **options)
+    for analyzer in analyzers:
+        assert analyzer.samples == 2
+        close(analyzer.result(), sparsity_by_hand(shapes, samples[:2]))
 
 
 def test_an_output_before_the_pass_is_over(small: Any) -> None:
