@@ -64,7 +64,7 @@ def write(
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are private
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except SafetensorError as error:
         Path(temporary).unlink(missing_ok=True)
         raise OSError(
@@ -76,7 +76,7 @@ def write(
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the new name on disk too, where folders can be synchronised."""
     if not hasattr(os, "O_DIRECTORY"):
         return

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +12,17 @@ import torch
 
 import miner_lens as ml
 from tests.reference import REFERENCE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for all processes of a test run, empty at first: a model in it is 540 MB."""
+    if not hasattr(config, "workerinput"):
+        os.environ["MINER_LENS_CACHE"] = tempfile.mkdtemp(prefix="miner-lens-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["MINER_LENS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -120,6 +120,6 @@ def test_demo_shows_every_organism(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown: list[tuple[str, Path]] = []
     monkeypatch.setattr(demo, "run_demo", lambda name, out, samples: shown.append((name, out)))
     call("demo", "--out", tmp_path)
-    assert shown == [(name, tmp_path / name) for name in ml.organisms.names()]
+    assert shown == [(name, tmp_path / name) for name in demo.ORGANISMS]
     monkeypatch.undo()
     assert "no organism 'tastes'" in call("demo", "--organism", "tastes", code=2)

@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ANALYZERS = ROOT / "docs" / "writing-an-analyzer.md"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ANALYZERS]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{n}.md" for n in ("tutorial", "data")),
+    ANALYZERS,
+]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

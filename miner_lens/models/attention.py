@@ -44,6 +44,11 @@ def attentions_of(bridge: Any) -> list[Any]:
     return [block.attn for block in bridge.blocks if "attn" in block._modules]
 
 
+def rebuilt(attentions: list[Any]) -> list[Any]:
+    """Those that TransformerLens computes itself, instead of keeping Hugging Face's own."""
+    return [bridge for bridge in attentions if _config(bridge) is None]
+
+
 def scale_of(attention: Any) -> float | None:
     """What a layer's attention multiplies QK^T by, or None where its module does not say."""
     module = getattr(attention, "original_component", None) or attention

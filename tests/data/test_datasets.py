@@ -131,7 +131,7 @@ def test_answers_to_spoken_scenes_follow_from_the_description():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "vqa"}, "Unknown data set 'vqa'; there is 'easy-vqa', 'spoken-scenes'."),
+        ({"name": "vqa"}, "Unknown data set 'vqa'; there is 'easy-vqa', 'digits', "),
         ({"split": "val"}, "Unknown split 'val'; there is 'train', 'test'."),
         ({"ask": "sound"}, "Unknown ask 'sound'; there is 'image', 'text', 'both'."),
         (
@@ -143,6 +143,9 @@ def test_answers_to_spoken_scenes_follow_from_the_description():
             "only the test split ships. To speak training scenes (with espeak-ng): "
             "python -m miner_lens.training.speak --split train",
         ),
+        ({"name": "digits", "ask": "audio"}, "Unknown ask 'audio'; there is 'image', 'text', 'bo"),
+        ({"name": "text_domains", "ask": "law"}, "Unknown ask 'law'; there is 'all', 'code', 'p"),
+        ({"name": "text-domains", "split": "val"}, "Unknown split 'val'"),
         ({"limit": -1}, "limit is -1"),
         ({"name": "spoken_scenes", "limit": -1}, "limit is -1"),
     ],

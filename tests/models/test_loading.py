@@ -28,7 +28,9 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ["/no/such/folder", "./nothing", "../nothing", "~/no-such-folder", "a/b/c", Path("nothing")],
 )
 def test_no_such_folder(name: str | Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no folder .*'shapes', 'speech'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"There is no folder .*'shapes', 'smollm2', 'speech'"
+    ):
         ml.load(name)
 
 
@@ -42,7 +44,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_a_name_that_nobody_knows() -> None:
     with pytest.raises(OSError, match="shape") as caught:
         ml.load("shape")
-    assert "'shapes', 'speech'" in caught.value.__notes__[0]
+    assert "'shapes', 'smollm2', 'speech'" in caught.value.__notes__[0]
 
 
 def test_a_folder_named_as_an_organism_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,11 +233,11 @@ def test_samples_are_prepared_while_the_model_is_busy(
     asked, render, data = [threading.Event() for _ in range(7)], batches.render, mixed[:6]
     threads, passes = set(), []
 
-    def noting(model: Any, conversations: Any, *rest: Any) -> Any:
+    def noting(model: Any, conversations: Any, *prompt: Any) -> Any:
         threads.add(threading.current_thread())
         place = next(n for n, one in enumerate(data) if one.messages is conversations[0])
         asked[place].set()
-        return render(model, conversations, *rest)
+        return render(model, conversations, *prompt)
 
     def busy(*_: Any) -> None:
         passes.append(len(passes))
