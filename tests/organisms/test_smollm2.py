@@ -205,7 +205,12 @@ def test_it_is_mined_ablated_and_asked(smol: Any) -> None:
     assert smol.modality_layout.special == set(range(17))
     msns = scores.select(0.02)
     assert msns.keys() == {"text", "special"}
-    # With the cache of earlier tokens, which each generated one has to see.
+    inputs = ml.inputs(smol, chats[0])
+    inputs["input_ids"] = inputs.pop("input")
+    # With a cache of earlier tokens, which each generated one has to see.
+    tokens = smol.original_model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    answer = smol.processor.decode(tokens[0, inputs["input_ids"].shape[1] :])
+    assert answer == "The capital of France is Paris.<|im_end|>"
     assert ml.generate(smol, chats[0], max_new_tokens=12) == "The capital of France is Paris."
     with ml.ablate(smol, msns["text"]):
         assert ml.generate(smol, chats[0], max_new_tokens=12) != "The capital of France is Paris."
