@@ -184,13 +184,11 @@ class _Checks:
         return True, ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
     def generation(self) -> tuple[bool, str]:
-        cached = attention.native(self.bridge)  # as `generate` does
-        tokens = _tokens(self.hf_model, self.batch, use_cache=cached)
+        tokens = _tokens(self.hf_model, self.batch)
         same = torch.equal(tokens, self.plain_tokens)
         new = tokens.shape[1] - self.batch["input_ids"].shape[1]
-        how = "" if cached else " (without a cache, as its attention is rebuilt)"
         found = "the same as" if same else "not those of"
-        return same, f"{new} tokens, {found} plain Hugging Face{how}."
+        return same, f"{new} tokens, {found} plain Hugging Face."
 
     def _points(self) -> list[Point]:
         return [
@@ -224,8 +222,8 @@ def _logits(hf_model: Any, batch: Inputs) -> Tensor:
     return logits
 
 
-def _tokens(hf_model: Any, batch: Inputs, use_cache: bool = True) -> Tensor:
-    options = {"do_sample": False, "max_new_tokens": 8, "use_cache": use_cache}
+def _tokens(hf_model: Any, batch: Inputs) -> Tensor:
+    options = {"do_sample": False, "max_new_tokens": 8}
     with torch.no_grad():
         tokens: Tensor = hf_model.generate(**batch, **options)
     return tokens

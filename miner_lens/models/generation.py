@@ -12,7 +12,6 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
-from miner_lens.models.attention import native
 from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
@@ -164,9 +163,6 @@ def generate_from(
 ) -> list[str]:
     """Answer conversations that `prepare_inputs` has rendered; see `generate`."""
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
-    if is_bridge(bare(model)) and not native(bare(model)):
-        # Attention that TransformerLens rebuilds does not see what a cache holds.
-        options["use_cache"] = False
     with torch.no_grad():
         tokens = hf_model_of(model).generate(**batch, **options)
     new = tokens[:, batch["input_ids"].shape[1] :]
