@@ -49,10 +49,10 @@ class Record:
     def __len__(self) -> int:
         return len(self.items) // 2
 
-    def add(self, unit: dict[int, Any], skipped: int) -> None:
+    def add(self, unit: dict[int, Any], skipped: int, signed: bool = True) -> None:
         """Count items of which the analyzers have seen all that can be used."""
         for number, item in unit.items():
-            self.items.extend((number, signature(item)))
+            self.items.extend((number, signature(item) if signed else 0))
         self.skipped += skipped
 
     @property

@@ -120,9 +120,10 @@ def run(
             analyzer.begin(model)
         sampler = Sampler(batch_size, device)
         passes = Passes(model, analyzers, on_error, sampler)
-        settings = _settings(model, analyzers, batch_size, on_error)
+        settings: dict[str, Any] = {}
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
+            settings = _settings(model, analyzers, batch_size, on_error)
         _require_same(ranks, settings, items)
         kept, record, done = None, Record(), []
         if checkpoint is not None:
@@ -155,7 +156,7 @@ def run(
             show()
             with closing(ahead(shard, passes.prepare)) as units:
                 for unit, prepared in units:
-                    record.add(unit, passes.run(prepared))
+                    record.add(unit, passes.run(prepared), signed=kept is not None)
                     record.limit = sampler.limit
                     write()
                     show()
