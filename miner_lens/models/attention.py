@@ -77,11 +77,6 @@ def configs_of(attentions: list[Any]) -> list[Any]:
     return list({id(one): one for one in map(_config, attentions) if one is not None}.values())
 
 
-def native(bridge: Any) -> bool:
-    """Whether Hugging Face computes the attention of every layer."""
-    return all(configs_of([one]) for one in attentions_of(bridge))
-
-
 def keep(configs: list[Any]) -> None:
     """Have attention fire hooks also after somebody has set another function by name."""
     for config in configs:

@@ -204,7 +204,7 @@ class _Checks:
         apart = float((ours.float() - theirs.float()).abs().max())
         largest = float(theirs.float().abs().max())
         says = f"Logits differ by up to {apart:.2g}, the largest being {largest:.3g}."
-        if not attention.native(self.bridge):
+        if attention.rebuilt(attention.attentions_of(self.bridge)):
             says += " TransformerLens rebuilds this model's attention."
         return apart <= 64 * torch.finfo(ours.dtype).eps * largest, says
 

@@ -148,7 +148,8 @@ class Analyzer(Stateful, ABC, Generic[R]):
             )
         self._remember(identity(model, self.site))
         self._points = tuple(self.points(model))
-        unknown = [point.name for point in self._points if point.name not in model.hook_dict]
+        there = model.hook_dict  # gathered from all modules each time
+        unknown = [point.name for point in self._points if point.name not in there]
         if unknown or not self._points:
             what = f"{unknown[0]!r}, which this model has not" if unknown else "no point"
             raise ValueError(f"{name}.points names {what}; model.hook_dict has all there are.")
