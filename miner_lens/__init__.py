@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from miner_lens import organisms
     from miner_lens.analyzers import ImportanceAnalyzer, mine
     from miner_lens.data import Sample, SampleError, datasets
-    from miner_lens.experiments import accuracy, answers
+    from miner_lens.experiments import Condition, Trials, accuracy, answers, trials
     from miner_lens.models import (
         ModalityLayout,
         ModelIdentity,
@@ -50,6 +50,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Analyzer": "running",
     "Batch": "running",
+    "Condition": "experiments",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
     "ModalityLayout": "models",
@@ -59,6 +60,7 @@ _HOMES = {
     "RankError": "running",
     "Sample": "data",
     "SampleError": "data",
+    "Trials": "experiments",
     "ablate": "neurons",
     "ablation_hooks": "neurons",
     "accuracy": "experiments",
@@ -73,6 +75,7 @@ _HOMES = {
     "pattern_points": "models",
     "residual_points": "models",
     "run": "running",
+    "trials": "experiments",
     "unwrap": "models",
     "wrap": "models",
 }
@@ -86,6 +89,7 @@ _MODULES = {
 __all__ = [
     "Analyzer",
     "Batch",
+    "Condition",
     "ImportanceAnalyzer",
     "ImportanceScores",
     "ModalityLayout",
@@ -95,6 +99,7 @@ __all__ = [
     "RankError",
     "Sample",
     "SampleError",
+    "Trials",
     "ablate",
     "ablation_hooks",
     "accuracy",
@@ -113,6 +118,7 @@ __all__ = [
     "plots",
     "residual_points",
     "run",
+    "trials",
     "unwrap",
     "wrap",
 ]

@@ -1,5 +1,6 @@
 """What does it do? What a model still knows with neurons switched off."""
 
 from miner_lens.experiments.evaluation import accuracy, answers
+from miner_lens.experiments.trials import Condition, Trials, trials
 
-__all__ = ["accuracy", "answers"]
+__all__ = ["Condition", "Trials", "accuracy", "answers", "trials"]

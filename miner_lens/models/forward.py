@@ -49,21 +49,21 @@ def is_aside() -> bool:
 
 
 @contextmanager
-def one_logit(hf_model: Any, wanted: bool = True) -> Iterator[Inputs]:
-    """No projection onto the vocabulary but of the last position.
+def last_logits(hf_model: Any, count: int | None = 1) -> Iterator[Inputs]:
+    """No projection onto the vocabulary but of the last positions.
 
     Args:
         hf_model: The model.
-        wanted: Whether it is to be so; otherwise nothing changes.
+        count: Of how many; None: of all, so that nothing changes.
 
     Yields:
         What to tell the model; one that cannot be told so has its head see no more.
     """
-    if not wanted:
+    if count is None:
         yield {}
         return
     if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
-        yield {"logits_to_keep": 1}
+        yield {"logits_to_keep": count}
         return
     head = hf_model.get_output_embeddings()
     if head is None:
@@ -71,7 +71,7 @@ def one_logit(hf_model: Any, wanted: bool = True) -> Iterator[Inputs]:
         return
 
     def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if is_aside() else (args[0][:, -1:], *args[1:])
+        return args if is_aside() else (args[0][:, -count:], *args[1:])
 
     handle = head.register_forward_pre_hook(cut)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from miner_lens.models.access import identity as identity_of
 from miner_lens.models.identity import SITES, ModelIdentity, better_known
 from miner_lens.models.result import Result
-from miner_lens.neurons.draw import random
+from miner_lens.neurons.draw import random, random_in_layers
 from miner_lens.neurons.pairs import as_pairs
 
 if TYPE_CHECKING:
@@ -199,6 +199,21 @@ class NeuronSet(Result):
         if not 0 <= count <= total:
             raise ValueError(f"Cannot draw {count} of the model's {total} neurons.")
         mask = random(like.layers, like.neurons, count, seed)
+        return cls.from_mask(mask, like.identity, like.means, like.site)
+
+    @classmethod
+    def random_like(cls, like: NeuronSet, seed: int = 0) -> NeuronSet:
+        """A layer-matched control: in each layer as many random neurons as `like` has there.
+
+        They are drawn without replacement from all neurons of the layer, as `random` draws from all
+        of the model, so that some may be neurons of `like`.
+
+        Example:
+            >>> chosen = NeuronSet([(0, 1), (2, 3), (2, 4)], layers=3, neurons=8)
+            >>> NeuronSet.random_like(chosen, seed=1).counts()
+            [1, 0, 2]
+        """
+        mask = random_in_layers(like.counts(), like.neurons, seed)
         return cls.from_mask(mask, like.identity, like.means, like.site)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from miner_lens.data.sample import SampleError
-from miner_lens.models.forward import one_logit
+from miner_lens.models.forward import last_logits
 from miner_lens.models.inside import hf_model_of
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch
@@ -84,9 +84,9 @@ def forward(model: Any, batch: Batch, analyzers: Sequence[Analyzer[Any]]) -> Non
     for analyzer in analyzers:
         analyzer.open(batch, hf_model)
     hooks = pass_hooks(analyzers, model, lambda: batch)
-    cut = not any(analyzer.needs_logits for analyzer in analyzers)
+    kept = None if any(analyzer.needs_logits for analyzer in analyzers) else 1
     try:
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks), one_logit(hf_model, cut) as options:
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks), last_logits(hf_model, kept) as options:
             output = hf_model(**batch.inputs, use_cache=False, **options)
     except SampleError:
         raise

@@ -68,6 +68,26 @@ def test_agrees_with_python_sets(a: NeuronSet, b: NeuronSet) -> None:
     assert all(pair in a for pair in a)
 
 
+@few
+@given(sets, st.integers(0, 99))
+def test_layer_matched_control(chosen: NeuronSet, seed: int) -> None:
+    control = NeuronSet.random_like(chosen, seed)
+    assert control.counts() == chosen.counts()
+    assert control == NeuronSet.random_like(make(*chosen), seed)
+    assert len(control | ~control) == LAYERS * NEURONS
+
+
+def test_layer_matched_controls_are_drawn_from_the_whole_layer() -> None:
+    chosen = make((0, 1), (2, 3), (2, 4), identity=IDENTITY, means=torch.ones(LAYERS, NEURONS))
+    drawn = [NeuronSet.random_like(chosen, seed) for seed in range(60)]
+    together = NeuronSet.union(drawn)
+    assert together.counts() == [NEURONS, 0, NEURONS]
+    assert len(set(drawn)) > 30
+    assert any(not one.isdisjoint(chosen) for one in drawn)
+    assert (drawn[0].identity, drawn[0].site) == (IDENTITY, "llm")
+    assert torch.equal(drawn[0].means, chosen.means)  # type: ignore[arg-type]
+
+
 def test_inputs() -> None:
     expected = make((0, 1), (2, 4))
     assert make((2, 4), (0, 1), (0, 1)) == expected
