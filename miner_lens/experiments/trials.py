@@ -142,9 +142,9 @@ def trials(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: No data, no condition, a batch size below 1, two of one name, a sample without answers or with an
-            empty one, two samples of one id, a condition that does not fit the model, or a model
-            without a processor or an end of turn.
+        ValueError: No data, no condition, two conditions of one name, two samples of one id, a
+            sample without answers or with an empty one, a condition that does not fit the model, a
+            model without a processor or an end of turn, or a batch size below 1.
         SampleError: A sample cannot be read.
 
     Example:
