@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from miner_lens import organisms
     from miner_lens.analyzers import ImportanceAnalyzer, mine
     from miner_lens.data import Sample, SampleError, datasets
-    from miner_lens.experiments import Condition, Trials, accuracy, answers, trials
+    from miner_lens.experiments import Condition, Trials, accuracy, answers
+    from miner_lens.experiments.trials import trials
     from miner_lens.models import (
         ModalityLayout,
         ModelIdentity,

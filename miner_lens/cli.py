@@ -25,17 +25,21 @@ Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or organi
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
-    samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 200,
+    samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 48,
     organism: Annotated[
-        str | None, typer.Option(help="shapes (images) or speech (sounds); default both.")
+        str | None,
+        typer.Option(
+            help="smol-vl (images), smol-audio (sounds), or the smaller shapes and speech; "
+            "default the first two."
+        ),
     ] = None,
 ) -> None:
-    """Mine small trained models, switch their neurons off, compare with random ones."""
-    from miner_lens.demo import ORGANISMS, run_demo
+    """Mine small trained models and see whether their neurons are specific, or just important."""
+    from miner_lens.demo import run_demo, shown_organisms
 
     _without_progress_bars()
     with _clear_errors():
-        for name in ORGANISMS if organism is None else [organism]:
+        for name in shown_organisms() if organism is None else [organism]:
             run_demo(name, out / name, samples)
 
 

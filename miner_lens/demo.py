@@ -1,31 +1,36 @@
-"""The main job on the model organisms: mine, select, switch off, compare with random neurons."""
+"""The main job on the model organisms: are their modality-specific neurons specific?
+
+Mine, select, switch off, and hold the costs against those of random neurons and of another input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
+from miner_lens import organisms
 from miner_lens.analyzers.importance import mine
 from miner_lens.data import datasets
-from miner_lens.experiments.evaluation import Questions, accuracy, render
+from miner_lens.experiments import statistics
+from miner_lens.experiments.statistics import Comparison
+from miner_lens.experiments.trials import Condition, trials
 from miner_lens.models.loading import load
-from miner_lens.neurons.ablation import ablate
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.report import plots
+from miner_lens.report import findings, plots
 from miner_lens.scoring.scores import ImportanceScores
 
-RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)
 SHOWN_RATIO = 0.02
 SEEDS = (0, 1, 2)
-ANSWER_TOKENS = 4
+LEFT_OUT = (
+    "Left out to save time: at ratios other than {shown:.1%}, all but one seed of the controls, "
+    "the controls of single modalities, and the MSNs of modalities other than the input's."
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Organism:
 
     Attributes:
         data: Its data set.
-        inputs: The input modalities in which each question can be asked.
+        inputs: The input modalities in which each question can be asked, the medium first.
     """
 
     data: str
@@ -42,49 +47,81 @@ class Organism:
 
 
 ORGANISMS = {
+    "smol-vl": Organism("easy-vqa", ("image", "text")),
+    "smol-audio": Organism("spoken-scenes", ("audio", "text")),
     "shapes": Organism("easy-vqa", ("image", "text")),
     "speech": Organism("spoken-scenes", ("audio", "text")),
 }
+# Shown where none is named; the others where this installation has none of these.
+MAIN = ("smol-vl", "smol-audio")
 
 
 @dataclass(frozen=True)
-class Condition:
-    """Something to switch off: one set of neurons, or several random ones of the same size.
+class Ablation:
+    """A set of neurons to switch off, or a control: several random ones, a condition for each.
 
     Attributes:
-        off: What the tables call it.
+        off: What tables call it.
         ratio: The ratio at which it was selected.
-        sets: The sets whose accuracies are averaged.
+        sets: The set, or one for each seed.
     """
 
     off: str
     ratio: float
     sets: tuple[NeuronSet, ...]
 
+    @property
+    def name(self) -> str:
+        """What the conditions' names begin with."""
+        return named(self.off, self.ratio)
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """A condition for each set."""
+        if len(self.sets) == 1:
+            return [Condition(self.name, self.sets[0])]
+        return [Condition(f"{self.name}, seed {n}", one) for n, one in enumerate(self.sets)]
+
+
+def named(off: str, ratio: float) -> str:
+    """A condition's name in the table of trials."""
+    return f"{off} at {ratio:.1%}"
+
+
+def shown_organisms() -> list[str]:
+    """The organisms that the demo shows where none is named."""
+    known = organisms.names()
+    return [name for name in MAIN if name in known] or [n for n in ORGANISMS if n in known]
+
 
 def run_demo(
-    organism: str, out: Path, samples: int = 200, console: Console | None = None
+    organism: str, out: Path, samples: int = 48, console: Console | None = None
 ) -> pd.DataFrame:
-    """Mine an organism on its data set's test split and switch its neurons off.
+    """Mine an organism on its data set's test split, switch neurons off, say what that shows.
 
     Args:
-        organism: `"shapes"` or `"speech"`.
-        out: Folder for scores, neuron sets, the table (CSV) and two figures; made if needed.
+        organism: One of `ORGANISMS`.
+        out: Folder for scores, neuron sets, tables and figures; made if needed. `trials.csv.gz` has
+            a row for each question and condition; `summary.csv`, `controls.csv` and
+            `specificity.csv` are what `experiments.statistics` makes of it.
         samples: How many questions to ask in each input modality.
         console: Where to print; default the terminal.
 
     Returns:
-        One row for each input modality and condition: `input`, `off`, `ratio`, `neurons`,
-        `accuracy` (over seeds: their mean), `spread` (their standard deviation), `samples`.
+        The summary, one row for each input modality, ablation and measure: `input`, `off`, `ratio`,
+        `neurons`, `seeds`, and what `statistics.costs` says, for a control of its mean over seeds.
 
     Raises:
-        ValueError: There is no such organism.
+        ValueError: There is no such organism, or fewer than two samples.
     """
     if organism not in ORGANISMS:
         raise ValueError(f"There is no organism {organism!r}; there are {', '.join(ORGANISMS)}.")
+    if samples < 2:
+        raise ValueError(f"Intervals need at least two samples, not {samples}.")
     setting = ORGANISMS[organism]
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
     model = load(organism, device="cpu")
     data = {ask: datasets.load(setting.data, limit=samples, ask=ask) for ask in setting.inputs}
 
@@ -95,117 +132,134 @@ def run_demo(
     for modality, neurons in chosen.items():
         neurons.save(out / f"neurons-{modality}.safetensors")
 
-    questions = {ask: list(render(model, some, batch_size=50)) for ask, some in data.items()}
-    table = _measure(model, scores, questions, console)
-    table.to_csv(out / "accuracy.csv", index=False)
-    plots.accuracy_by_ratio(table).savefig(out / "accuracy.png")
+    plans = {ask: list(plan(scores, ask)) for ask in data}
+    console.print(LEFT_OUT.format(shown=SHOWN_RATIO))
+    tried = []
+    for ask, some in data.items():
+        conditions = [one for ablation in plans[ask] for one in ablation.conditions]
+        labelled = [replace(sample, label=ask) for sample in some]
+        tried.append(trials(model, labelled, [Condition("intact"), *conditions]).to_frame())
+    results = Results.of(pd.concat(tried, ignore_index=True), plans, setting.inputs[0])
+    results.save(out)
     plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
-    _report(console, table, chosen, out)
-    return table
+    for ask in data:
+        console.print(findings.cost_table(results.summary, ask))
+    for sentence in results.findings():
+        console.print(sentence)
+    took = time.perf_counter() - begun
+    console.print(f"That took {took:.0f} s. Tables, figures and neurons are in {out}/.")
+    return results.summary
 
 
-def conditions(scores: ImportanceScores, ratio: float) -> Iterator[Condition]:
-    """Each modality's MSNs, all of them, and random neurons as many as each of the two."""
-    chosen = scores.select(ratio)
-    everything = NeuronSet.union(chosen.values())
-    for modality, neurons in chosen.items():
-        yield Condition(modality, ratio, (neurons,))
-    yield Condition("all MSNs", ratio, (everything,))
-    one = next(iter(chosen.values()))
-    for name, like in (("random, as one modality", one), ("random, as all MSNs", everything)):
-        sets = tuple(NeuronSet.random(len(like), like=like, seed=seed) for seed in SEEDS)
-        yield Condition(name, ratio, sets)
-
-
-def _measure(
-    model: Any,
-    scores: ImportanceScores,
-    questions: dict[str, list[Questions]],
-    console: Console,
-) -> pd.DataFrame:
-    rows = []
-    for ask, rendered in questions.items():
-        intact = accuracy(model, rendered, max_new_tokens=ANSWER_TOKENS)
-        rows.append(_row(ask, "nothing", None, 0, [intact], rendered))
-    plan = [condition for ratio in RATIOS for condition in conditions(scores, ratio)]
-    for condition in track(plan, description="Switching off", console=console):
-        for ask, rendered in questions.items():
-            measured = []
-            for neurons in condition.sets:
-                with ablate(model, neurons):
-                    measured.append(accuracy(model, rendered, max_new_tokens=ANSWER_TOKENS))
-            size = round(mean(map(len, condition.sets)))
-            rows.append(_row(ask, condition.off, condition.ratio, size, measured, rendered))
-    return pd.DataFrame(rows)
-
-
-def _row(
-    ask: str,
-    off: str,
-    ratio: float | None,
-    neurons: int,
-    measured: list[float],
-    rendered: list[Questions],
-) -> dict[str, Any]:
-    return {
-        "input": ask,
-        "off": off,
-        "ratio": ratio,
-        "neurons": neurons,
-        "accuracy": mean(measured),
-        "spread": stdev(measured) if len(measured) > 1 else None,
-        "samples": sum(len(questions.samples) for questions in rendered),
-    }
-
-
-def _report(console: Console, table: pd.DataFrame, chosen: dict[str, NeuronSet], out: Path) -> None:
+def plan(scores: ImportanceScores, ask: str) -> Iterator[Ablation]:
+    """What is switched off for the questions in one input modality."""
+    total = scores.layers * scores.neurons
     for ratio in RATIOS:
-        rows = table[table["ratio"].isna() | (table["ratio"] == ratio)]
-        console.print(_accuracies(rows, ratio))
-    for ask in table["input"].unique():
-        for finding in _findings(table, ask):
-            console.print(finding)
-    sizes = ", ".join(f"{len(neurons)} {modality}" for modality, neurons in chosen.items())
-    console.print(f"Selected at {SHOWN_RATIO:.0%}: {sizes} neurons. Saved in {out}/.")
+        if int(ratio * total) < len(scores.select(SHOWN_RATIO)):
+            continue  # less than one neuron of each modality, in a small model
+        shown = ratio == SHOWN_RATIO
+        seeds = SEEDS if shown else SEEDS[:1]
+        chosen = scores.select(ratio)
+        everything = NeuronSet.union(chosen)
+        for modality in chosen if shown else [ask]:
+            yield Ablation(f"{modality} MSNs", ratio, (chosen[modality],))
+        yield Ablation("all MSNs", ratio, (everything,))
+        yield Ablation("random, as all", ratio, _random(everything, seeds))
+        yield Ablation("layer-matched, as all", ratio, _matched(everything, seeds))
+        if shown:
+            yield Ablation(f"layer-matched, as {ask}", ratio, _matched(chosen[ask], seeds))
 
 
-def _accuracies(rows: pd.DataFrame, ratio: float) -> Table:
-    shown = Table(title=f"Accuracy with {ratio:.1%} of the neurons selected")
-    shown.add_column("switched off")
-    shown.add_column("neurons", justify="right")
-    inputs = rows["input"].unique()
-    for ask in inputs:
-        shown.add_column(f"from the {ask}", justify="right")
-    for off, group in rows.groupby("off", sort=False):
-        cells = []
-        for ask in inputs:
-            row = group[group["input"] == ask].iloc[0]
-            spread = "" if pd.isna(row["spread"]) else f" ± {row['spread']:.3f}"
-            cells.append(f"{row['accuracy']:.3f}{spread}")
-        shown.add_row(str(off), str(group["neurons"].iloc[0]), *cells)
-    return shown
+def _random(like: NeuronSet, seeds: tuple[int, ...]) -> tuple[NeuronSet, ...]:
+    return tuple(NeuronSet.random(len(like), like=like, seed=seed) for seed in seeds)
 
 
-def _findings(table: pd.DataFrame, ask: str) -> Iterator[str]:
-    """What the modality's own neurons do, and which set does most, beside random ones."""
-    rows: Any = table[table["input"] == ask].set_index("off")
-    intact = float(rows.loc["nothing", "accuracy"])
-    chosen = rows.drop("nothing")
-    own = chosen[chosen["ratio"] == SHOWN_RATIO].loc[ask]
-    yield f"Asked about the {ask}, {_beside_chance(chosen, own, intact)}"
-    specific = chosen[chosen["spread"].isna()]
-    most = specific.iloc[specific["accuracy"].argmin()]
-    yield f"The most that any set does to it: {_beside_chance(chosen, most, intact)}"
+def _matched(like: NeuronSet, seeds: tuple[int, ...]) -> tuple[NeuronSet, ...]:
+    return tuple(NeuronSet.random_like(like, seed=seed) for seed in seeds)
 
 
-def _beside_chance(chosen: Any, row: Any, intact: float) -> str:
-    all_of_them = row.name == "all MSNs"
-    neurons = f"all {row['neurons']} MSNs" if all_of_them else f"{row['neurons']} {row.name} MSNs"
-    like = "all MSNs" if all_of_them else "one modality"
-    random = chosen[chosen["ratio"] == row["ratio"]].loc[f"random, as {like}"]
-    cost, chance = intact - row["accuracy"], intact - random["accuracy"]
-    beyond = "more than" if cost > chance + 2 * random["spread"] else "no more than"
-    return (
-        f"switching off {neurons} at {row['ratio']:.1%} costs {cost:.3f} accuracy; as many random "
-        f"neurons cost {chance:.3f} ± {random['spread']:.3f}: {beyond} chance."
-    )
+@dataclass(frozen=True)
+class Results:
+    """The table of trials and what it says.
+
+    Attributes:
+        trials: One row for each question and condition.
+        summary: As `run_demo` returns it.
+        controls: MSNs beside their controls, all in one family.
+        specificity: The medium's MSNs, in questions about the medium and in text.
+    """
+
+    trials: pd.DataFrame
+    summary: pd.DataFrame
+    controls: pd.DataFrame
+    specificity: pd.DataFrame
+
+    @classmethod
+    def of(cls, tried: pd.DataFrame, plans: Mapping[str, list[Ablation]], medium: str) -> Results:
+        """What the trials of these plans say."""
+        own = {named(f"{medium} MSNs", SHOWN_RATIO): medium}
+        return cls(
+            tried,
+            _summary(tried, plans),
+            statistics.against_controls(tried, _comparisons(plans)),
+            statistics.specificity(tried, own, lambda sample: sample.rpartition("/")[0]),
+        )
+
+    def save(self, out: Path) -> None:
+        """Write the tables and the figures of costs."""
+        self.trials.to_csv(out / "trials.csv.gz", index=False)
+        for name in ("summary", "controls", "specificity"):
+            getattr(self, name).to_csv(out / f"{name}.csv", index=False)
+        for name, lines in _lines(self.summary):
+            plots.by_ratio(lines, name).savefig(out / f"{name.split()[0]}.png")
+
+    def findings(self) -> Iterator[str]:
+        """Sentences on the shown ratio."""
+        shown = named("", SHOWN_RATIO)
+        of_it = self.controls[self.controls["condition"].str.endswith(shown)]
+        yield from findings.beside_controls(of_it, len(self.controls))
+        yield from findings.specificity(self.specificity)
+
+
+def _summary(tried: pd.DataFrame, plans: Mapping[str, list[Ablation]]) -> pd.DataFrame:
+    """Costs of each ablation, controls averaged over their seeds."""
+    tables = []
+    for ask, ablations in plans.items():
+        groups = {one.name: [condition.name for condition in one.conditions] for one in ablations}
+        here = tried[tried["label"] == ask]
+        found = statistics.costs(statistics.averaged(here, {"intact": ["intact"], **groups}))
+        about = pd.DataFrame(
+            [(one.name, one.off, one.ratio, len(one.sets[0]), len(one.sets)) for one in ablations],
+            columns=["condition", "off", "ratio", "neurons", "seeds"],
+        )
+        tables.append(found.merge(about, on="condition", how="left"))
+    table = pd.concat(tables, ignore_index=True).rename(columns={"label": "input"})
+    table["off"] = table["off"].fillna("nothing")
+    table["neurons"] = table["neurons"].fillna(0).astype(int)
+    first = ["input", "off", "ratio", "neurons", "seeds", "measure"]
+    return table[[*first, "samples", "value", "cost", "low", "high"]]
+
+
+def _comparisons(plans: Mapping[str, list[Ablation]]) -> list[Comparison]:
+    """All MSNs beside both controls at each ratio, and an input's own MSNs at the shown one."""
+    found = {}
+    for one in (ablation for ablations in plans.values() for ablation in ablations):
+        kind, _, like = one.off.partition(", as ")
+        if like:
+            condition = named(f"{like} MSNs", one.ratio)
+            controls = [control.name for control in one.conditions]
+            found[one.name] = Comparison(condition, kind, controls)
+    return list(found.values())
+
+
+def _lines(summary: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """What is drawn of each measure: what was measured at every ratio, with its band."""
+    ratios = summary["ratio"].nunique()
+    along = summary.groupby(["input", "off", "measure"])["ratio"].transform("nunique")
+    drawn = summary[(along == ratios) | (summary["off"] == "nothing")]
+    correct = drawn[drawn["measure"] == "correct"]
+    intact = correct["value"] + correct["cost"]
+    band = {"low": intact - correct["high"], "high": intact - correct["low"]}
+    yield "accuracy", correct.assign(**band)
+    logprob = drawn[drawn["measure"] == "logprob"]
+    yield "logprob lost (nats)", logprob.assign(value=logprob["cost"])

@@ -83,43 +83,61 @@ def test_results_are_not_lost_or_mixed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("organism", "medium"), [("shapes", "image"), ("speech", "audio")])
 def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "RATIOS", (0.02, 0.2))
+    monkeypatch.setattr(demo, "RATIOS", (0.0001, 0.02, 0.2))
     monkeypatch.setattr(demo, "SEEDS", (0, 1))
-    shown = call("demo", "--out", tmp_path, "--samples", 20, "--organism", organism)
-    assert f"Asked about the {medium}, switching off" in " ".join(shown.split())
+    shown = " ".join(
+        call("demo", "--out", tmp_path, "--samples", 12, "--organism", organism).split()
+    )
+    for sentence in (
+        f"Asked about the {medium}, switching off all MSNs at 2.0% costs 0.",
+        f"Asked about the text, switching off {medium} MSNs",
+        f"Switching off {medium} MSNs at 2.0% costs {medium} questions 0.",
+        "said of all 20 comparisons together",
+        "That took",
+    ):
+        assert (sentence in shown) == ("text, switching off " + medium not in sentence)
     assert [path.name for path in tmp_path.iterdir()] == [organism]
     out = tmp_path / organism
-    table = pd.read_csv(out / "accuracy.csv")
-    conditions = {
-        "nothing",
-        medium,
-        "text",
-        "special",
-        "all MSNs",
-        "random, as one modality",
-        "random, as all MSNs",
+    table = pd.read_csv(out / "summary.csv")
+    rows = {
+        (one.input, one.off, one.ratio): one.neurons
+        for one in table[table["ratio"].notna()].itertuples()
     }
-    assert set(table["off"]) == conditions
-    assert set(table["input"]) == {medium, "text"}
-    assert len(table) == 2 * (1 + 2 * 6)
-    assert table["accuracy"].between(0, 1).all()
-    random = table["off"].str.startswith("random")
-    assert table.loc[random, "spread"].notna().all()
-    assert table.loc[~random, "spread"].isna().all()
-    sizes = table[table["ratio"] == 0.2].groupby("off")["neurons"].first()
-    assert sizes["random, as one modality"] == sizes[medium] == sizes["text"]
-    assert sizes["random, as all MSNs"] == sizes["all MSNs"]
-    for name in ("accuracy", "neurons"):
+    every = {"all MSNs", "random, as all", "layer-matched, as all"}
+    for ask in (medium, "text"):
+        at = {r: {off for i, off, ratio in rows if (i, ratio) == (ask, r)} for r in (0.02, 0.2)}
+        assert at[0.2] == every | {f"{ask} MSNs"}
+        own = {f"{one} MSNs" for one in (medium, "text", "special")}
+        assert at[0.02] == every | own | {f"layer-matched, as {ask}"}
+        for ratio in (0.02, 0.2):
+            for control in ("random, as all", "layer-matched, as all"):
+                assert rows[ask, control, ratio] == rows[ask, "all MSNs", ratio]
+    assert len(table) == 2 * len(rows) + 2 * 2
+    assert set(table.loc[table["off"] == "random, as all", "seeds"]) == {1, 2}
+    trials = pd.read_csv(out / "trials.csv.gz")
+    assert len(trials) == 2 * 12 * (1 + 3 + 1 + 2 + 2 + 2 + 4)
+    intact = trials[trials["condition"] == "intact"].groupby("label")["correct"].mean()
+    nothing = table[(table["off"] == "nothing") & (table["measure"] == "correct")]
+    assert dict(zip(nothing["input"], nothing["value"], strict=True)) == dict(intact)
+    assert len(pd.read_csv(out / "controls.csv")) == 20
+    assert len(pd.read_csv(out / "specificity.csv")) == 2
+    for name in ("accuracy", "logprob", "neurons"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     loaded = ml.NeuronSet.load(out / f"neurons-{medium}.safetensors")
     scores = ml.ImportanceScores.load(out / "scores.safetensors")
     assert loaded == scores.select(0.02)[medium]
 
 
-def test_demo_shows_every_organism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_shows_the_main_organisms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[str, Path]] = []
     monkeypatch.setattr(demo, "run_demo", lambda name, out, samples: shown.append((name, out)))
+    known = ("shapes", "smol-vl", "smollm2", "speech")
+    monkeypatch.setattr("miner_lens.organisms.names", lambda: known)
     call("demo", "--out", tmp_path)
-    assert shown == [(name, tmp_path / name) for name in demo.ORGANISMS]
+    assert shown == [("smol-vl", tmp_path / "smol-vl")]
+    monkeypatch.setattr("miner_lens.organisms.names", lambda: ("shapes", "speech"))
+    assert demo.shown_organisms() == ["shapes", "speech"]
     monkeypatch.undo()
     assert "no organism 'tastes'" in call("demo", "--organism", "tastes", code=2)
+    too_few = call("demo", "--out", tmp_path, "--organism", "shapes", "--samples", 1, code=2)
+    assert "at least two samples" in too_few

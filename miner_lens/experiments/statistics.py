@@ -130,9 +130,10 @@ def against_controls(
 
     Returns:
         One row for each label, comparison and measure: `label`, `condition`, `against`, `measure`,
-        `samples`, `cost`, `control` (the controls' mean cost), `control_low` and `control_high`
-        (the least and the greatest cost of a control), `difference` with its 95 % percentile
-        bootstrap interval `low`, `high`, `p`, `p_holm` and `beyond_chance`.
+        `samples`, `cost` with `cost_low`, `cost_high`, `control` (the controls' mean cost) with
+        `control_low`, `control_high` (the least and the greatest cost of a control), `difference`
+        with `low`, `high`, `p`, `p_holm` and `beyond_chance`. Intervals of `cost` and `difference`
+        are 95 % percentile bootstrap intervals over samples.
 
     Raises:
         ValueError: There is no comparison, one has no control, or no label has its conditions.
@@ -230,12 +231,16 @@ def _compared(
     pairs = zip(comparisons, controls, strict=True)
     differences = np.stack([(lost[one.condition] - many.mean(axis=1)) for one, many in pairs])
     low, high = _interval(differences, resamples, seed)
+    cost = lost[[one.condition for one in comparisons]].T.to_numpy()
+    cost_low, cost_high = _interval(cost, resamples, seed)
     return pd.DataFrame(
         {
             "condition": [one.condition for one in comparisons],
             "against": [one.against for one in comparisons],
             "samples": len(lost),
-            "cost": [lost[one.condition].mean() for one in comparisons],
+            "cost": cost.mean(axis=1),
+            "cost_low": cost_low,
+            "cost_high": cost_high,
             "control": [many.mean().mean() for many in controls],
             "control_low": [many.mean().min() for many in controls],
             "control_high": [many.mean().max() for many in controls],

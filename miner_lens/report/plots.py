@@ -21,19 +21,19 @@ COLOURS = {
     "prompt": "#000000",
     "all": "#e69f00",
     "random": "#999999",
+    "layer-matched": "#555555",
 }
 
 
-def accuracy_by_ratio(table: pd.DataFrame) -> Figure:
-    """Accuracy against the share of neurons selected, one panel for each input modality.
+def by_ratio(table: pd.DataFrame, measure: str) -> Figure:
+    """A measure against the share of neurons selected, one panel for each input modality.
 
     Args:
-        table: Columns `input`, `off`, `ratio`, `accuracy` and `spread`, one row for each
-            condition; the row whose `off` is `"nothing"` is drawn as a level line, and
-            `spread`, where it is not missing, as a band.
+        table: Columns `input`, `off`, `ratio`, `value`, and `low` and `high`, drawn as a band, one
+            row for each condition; the row whose `off` is `"nothing"` is drawn as a level line.
+        measure: What the values are, with their unit.
     """
     figure, panels = _figure(len(table["input"].unique()))
-    lowest = max(0.0, float(table["accuracy"].min()) - 0.05)
     for panel, (name, rows) in zip(panels, table.groupby("input", sort=False), strict=True):
         for off, line in rows.groupby("off", sort=False):
             _draw_condition(panel, str(off), line)
@@ -41,24 +41,23 @@ def accuracy_by_ratio(table: pd.DataFrame) -> Figure:
         ratios = sorted(100 * table["ratio"].dropna().unique())
         panel.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         panel.minorticks_off()
-        panel.set_ylim(lowest, 1.01)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy")
-    panels[-1].legend(title="switched off", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        panel.legend(title="switched off", frameon=False, fontsize="small")
+    panels[0].set_ylabel(measure)
     return figure
 
 
 def _draw_condition(panel: Any, off: str, line: pd.DataFrame) -> None:
     if off == "nothing":
-        panel.axhline(line["accuracy"].iloc[0], color="black", linestyle=":", label=off)
+        panel.axhline(line["value"].iloc[0], color="black", linestyle=":", label=off)
         return
-    colour = COLOURS.get(off.removeprefix("random, ").split(" ")[0], "#999999")
-    style = ":" if off == "random, as all MSNs" else "--" if off.startswith("random") else "-"
+    kind = off.split(",")[0].removesuffix(" MSNs")
+    colour = COLOURS.get(kind, "#999999")
+    style = "-" if off.endswith("MSNs") else "--"
     line = line.sort_values("ratio")
-    x, y = 100 * line["ratio"], line["accuracy"]
-    panel.plot(x, y, style, marker="o", markersize=4, color=colour, label=off)
-    if line["spread"].notna().any():
-        panel.fill_between(x, y - line["spread"], y + line["spread"], color=colour, alpha=0.15)
+    x = 100 * line["ratio"]
+    panel.plot(x, line["value"], style, marker="o", markersize=4, color=colour, label=off)
+    panel.fill_between(x, line["low"], line["high"], color=colour, alpha=0.15)
 
 
 def neurons_by_layer(neurons: Mapping[str, NeuronSet]) -> Figure:
