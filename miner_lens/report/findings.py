@@ -72,6 +72,8 @@ def cost_table(summary: pd.DataFrame, asked: str) -> Table:
         title=f"Asked about the {asked}: accuracy {intact['correct']:.3f}, log-probability of the "
         f"answer {intact['logprob']:.3f}; what is lost [95 % interval]",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
     shown.add_column("switched off", no_wrap=True)
     for column in ("neurons", "accuracy", "nats"):
@@ -81,14 +83,15 @@ def cost_table(summary: pd.DataFrame, asked: str) -> Table:
         shown.add_row(f"[bold]{ratio:.1%}[/]")
         for off, group in rows.groupby("off", sort=False):
             row = group.set_index("measure")
-            lost = (_with_interval(row.loc[measure], "cost") for measure in _UNITS)
+            lost = (_with_interval(row.loc[measure], "cost", digits=2) for measure in _UNITS)
             shown.add_row(str(off), str(group["neurons"].iloc[0]), *lost)
     return shown
 
 
-def _with_interval(row: Any, name: str, prefix: str = "") -> str:
-    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
-    return f"{row[name]:z.3f} [{low:z.3f}, {high:z.3f}]"
+def _with_interval(row: Any, name: str, prefix: str = "", digits: int = 3) -> str:
+    numbers = (row[name], row[f"{prefix}low"], row[f"{prefix}high"])
+    value, low, high = (f"{number:z.{digits}f}" for number in numbers)
+    return f"{value} [{low}, {high}]"
 
 
 def _beside(row: Any) -> str:
