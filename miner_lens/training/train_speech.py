@@ -152,7 +152,6 @@ def train_tower(
         raise ValueError("Each word of the vocabulary must be one token. Train a tokenizer on it.")
     embeddings: Any = model.get_input_embeddings()
     words = embeddings.weight[[*itertools.chain(*ids), tokenizer.pad_token_id]].detach()
-    norm = words.norm(dim=1).mean()
     modules = (model.model.audio_tower, model.model.multi_modal_projector)
     parameters = [p for module in modules for p in module.parameters()]
     for parameter in parameters:
@@ -172,9 +171,7 @@ def train_tower(
         labels = clips.words[rows, : tokens.shape[1]].long()
         counted = torch.arange(tokens.shape[1]) < token_counts(clips.frames[rows])[:, None]
         tokens, labels = tokens[counted], labels[counted]
-        # Telling words apart alone would give tokens that are far from any embedding.
-        loss = cross_entropy(3 / norm * tokens @ words.T, labels)
-        loss = loss + 2 * (tokens / ENLARGED - words[labels]).square().sum(1).mean() / norm**2
+        loss = hearing_loss(tokens, words, labels, ENLARGED)
         descend(optimizer, loss, rate)
         losses.append(loss.item())
         if step % 100 == 99:
@@ -185,6 +182,21 @@ def train_tower(
     model.train(False)
     for parameter in model.model.multi_modal_projector.parameters():
         parameter.data /= ENLARGED
+
+
+def hearing_loss(tokens: Tensor, words: Tensor, labels: Tensor, enlarged: float) -> Tensor:
+    """How far tokens are from the embeddings of the words that are said.
+
+    Args:
+        tokens: What the projector gives, [token, hidden], to be `enlarged` times an embedding.
+        words: The embeddings, [word, hidden].
+        labels: Which word each token is to be, [token].
+        enlarged: How many times as large as embeddings tokens are to be.
+    """
+    norm = words.norm(dim=1).mean()
+    # Telling words apart alone would give tokens that are far from any embedding.
+    loss = cross_entropy(3 / norm * tokens @ words.T, labels)
+    return loss + 2 * (tokens / enlarged - words[labels]).square().sum(1).mean() / norm**2
 
 
 @torch.no_grad()

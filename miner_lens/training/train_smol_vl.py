@@ -1,0 +1,181 @@
+"""Train the organism `smol-vl`: `python -m miner_lens.training.train_smol_vl [--out DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import easy_vqa
+import torch
+from torch import Tensor
+
+from miner_lens import organisms
+from miner_lens.data import digits
+from miner_lens.data.datasets import COLOURS, DESCRIPTIONS, SHAPES, describe
+from miner_lens.organisms import assembly, smollm2
+from miner_lens.training import language
+from miner_lens.training.smol import (
+    Asked,
+    Step,
+    add_factors,
+    answer_loss,
+    factors_of,
+    language_loss,
+    learn,
+    pack,
+)
+from miner_lens.training.smol_vl_tower import (
+    TOKENS,
+    TOWER,
+    Digits,
+    begin_with_shapes,
+    features,
+    train_tower,
+)
+from miner_lens.training.train_shapes import Pictures, Questions, grids
+
+TOWER_STEPS, STEPS = 1600, 700
+PEAK = 1e-3
+QUESTIONS = 4  # about each scene
+KEPT = 2  # rows of plain text or instructions in each step
+KEEPING = 2.0  # weight of the language that is to be kept
+RAMP = 250  # steps in which the share of negated questions rises
+# The scenes of a step: how each is told, and of which data set.
+SCENES = (
+    *[("image", "easy-vqa")] * 3,
+    *[("image", "digits")] * 2,
+    *[("text", "easy-vqa")] * 2,
+    *[("text", "digits")] * 1,
+)
+OPENING = "<|im_start|>user\n"
+IMAGE = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def ask_digit(digit: int, rng: random.Random) -> tuple[str, str]:
+    """A question about a digit and its answer; yes and no are as likely."""
+    kind = rng.choice(("value", "value", "parity", "greater", "less"))
+    if kind == "value":
+        return rng.choice(digits.VALUE), digits.NUMBERS[digit]
+    if kind == "parity":
+        what = rng.randrange(2)
+        text = rng.choice(digits.PARITY).format(what=("even", "odd")[what])
+        return text, "yes" if digit % 2 == what else "no"
+    truth = rng.random() < 0.5
+    bounds = range(9) if kind == "greater" else range(1, 10)
+    fitting = [b for b in bounds if (digit > b if kind == "greater" else digit < b) == truth]
+    if not fitting:  # nothing is less than zero
+        return ask_digit(digit, rng)
+    bound = digits.NUMBERS[rng.choice(fitting)]
+    text = rng.choice(digits.COMPARISON).format(what=kind, bound=bound)
+    return text, "yes" if truth else "no"
+
+
+class Lessons:
+    """Draws scenes with questions, as packed rows with their embeddings."""
+
+    def __init__(self, model: Any, tokenizer: Any, pictures: Pictures) -> None:
+        forms, _, _ = easy_vqa.get_train_questions()
+        self.model, self.tokenizer, self.pictures = model, tokenizer, pictures
+        self.questions = Questions(forms)
+        self.digits = Digits(range(digits.FIRST_TEST_ROW), pictures)
+        self.seen = tokenizer(OPENING + IMAGE).input_ids
+        ids = torch.tensor([self.seen])
+        is_image = (ids == model.config.image_token_id).int()
+        rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grids(1))
+        self.rope = rope[:, 0]
+
+    def draw(self, step: Step) -> tuple[Any, Tensor]:
+        """The packed questions of a step, and their embeddings."""
+        rng, colours = step.rng, tuple(COLOURS)
+        negations = 0.5 * min(1, (step.number + 1) / RAMP)
+        n_shapes, n_digits = SCENES.count(("image", "easy-vqa")), SCENES.count(("image", "digits"))
+        pictures = self.pictures.draw(n_shapes, step.generator)
+        values, written = self.digits.draw(n_digits, step.generator)
+        shown = list(zip(pictures.shapes.tolist(), pictures.colours.tolist(), strict=True))
+        digit_rows = values.tolist()
+        rows = []
+        for told, data in SCENES:
+            if data == "easy-vqa":
+                shape, colour = rng.randrange(len(SHAPES)), rng.randrange(len(colours))
+                if told == "image":
+                    shape, colour = shown.pop(0)
+                pair = SHAPES[shape], colours[colour]
+                told_as = describe(*pair, rng.randrange(len(DESCRIPTIONS)))
+                asked = [self.questions.draw(*pair, negations, rng) for _ in range(QUESTIONS)]
+            else:
+                digit = digit_rows.pop(0) if told == "image" else rng.randrange(10)
+                told_as = digits.describe(digit, rng.randrange(len(digits.DESCRIPTIONS)))
+                asked = [ask_digit(digit, rng) for _ in range(QUESTIONS)]
+            rows.append(self._row(told, told_as, asked))
+        packed = pack(rows, self.tokenizer.pad_token_id, axes=3)
+        embeds = self.model.get_input_embeddings()(packed.ids)
+        tokens = features(self.model, torch.cat([pictures.patches, written]))
+        is_image = packed.ids == self.model.config.image_token_id
+        return packed, embeds.masked_scatter(is_image[..., None], tokens)
+
+    def _row(self, told: str, description: str, asked: Sequence[tuple[str, str]]) -> Asked:
+        space = "" if told == "image" else " "
+        branches = [
+            (
+                self.tokenizer(f"{space}{question}{TURN}").input_ids,
+                self.tokenizer(f"{answer}<|im_end|>").input_ids,
+            )
+            for question, answer in asked
+        ]
+        if told == "image":
+            return Asked(self.seen, branches, self.rope)
+        return Asked(self.tokenizer(OPENING + description).input_ids, branches)
+
+
+def train_decoder(
+    model: Any, tokenizer: Any, lessons: Lessons, texts: language.Texts, folder: Path, seed: int
+) -> None:
+    """Teach merger and attention to answer, and to speak as SmolLM2 does."""
+    parameters = add_factors(model)
+    merger = model.model.visual.merger.requires_grad_(True)
+    parameters |= {f"merger.{name}": p for name, p in merger.named_parameters()}
+
+    def lesson(step: Step) -> tuple[Tensor, dict[str, float]]:
+        loss, right = answer_loss(model, *lessons.draw(step))
+        kept = language_loss(model, texts.draw(KEPT, step.rng))
+        return loss + KEEPING * kept, {
+            "answers": loss.item(),
+            "kept": kept.item(),
+            "tokens right": right.float().mean().item(),
+        }
+
+    learn("decoder", folder, parameters, lesson, STEPS, PEAK, seed)
+    model.requires_grad_(False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, write, assemble and measure."""
+    parser = argparse.ArgumentParser(description="Train the organism `smol-vl` around SmolLM2.")
+    parser.add_argument("--out", type=Path, default=Path(organisms.__file__).parent / "smol-vl")
+    parser.add_argument("--work", type=Path, default=Path("smol-vl-training"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(options.seed)
+    decoder, tokenizer = smollm2.decoder(), smollm2.tokenizer(media=True)
+    told = language.instructions("train", decoder, tokenizer, options.work)
+    torch.manual_seed(options.seed)
+    model = smollm2.qwen2_vl(decoder, TOWER)
+    processor = smollm2.vision_processor(TOWER)
+    begin_with_shapes(model)
+    paths = [path for _, path in sorted(easy_vqa.get_train_image_paths().items())]
+    pictures = Pictures(paths, processor)
+    train_tower(model, pictures, options.work, options.seed, TOWER_STEPS)
+    lessons = Lessons(model, tokenizer, pictures)
+    texts = language.Texts(tokenizer, told)
+    train_decoder(model, tokenizer, lessons, texts, options.work, options.seed)
+
+    assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
