@@ -18,6 +18,7 @@ from miner_lens.data.sample import Sample
 
 LENGTH = 128  # tokens of a text to learn from
 ANSWER = 64  # tokens of an answer of SmolLM2 at most
+LIMIT = 80  # texts of each kind whose perplexity is measured, at most
 PASSAGE = 600  # characters of a text that an instruction is about, at most
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 SYSTEM = (
@@ -127,9 +128,11 @@ class Texts:
 
     def draw(self, rows: int, rng: random.Random) -> Tensor:
         """Windows of LENGTH tokens at most, all as long as the shortest, [row, pos]."""
-        drawn = [rng.choice((self.passages, self.chats)[row % 2]) for row in range(rows)]
+        drawn = [rng.choice(rng.choice((self.passages, self.chats))) for _ in range(rows)]
         length = min(LENGTH, *map(len, drawn))
-        starts = [rng.randrange(len(ids) - length + 1) if rng.random() < 0.5 else 0 for ids in drawn]
+        starts = [
+            rng.randrange(len(ids) - length + 1) if rng.random() < 0.5 else 0 for ids in drawn
+        ]
         return torch.tensor(
             [ids[start : start + length] for ids, start in zip(drawn, starts, strict=True)]
         )
@@ -137,7 +140,7 @@ class Texts:
 
 @torch.no_grad()
 def perplexities(
-    model: Any, tokenizer: Any, told: Sequence[tuple[str, str]], limit: int = 80
+    model: Any, tokenizer: Any, told: Sequence[tuple[str, str]], limit: int = LIMIT
 ) -> dict[str, float]:
     """Perplexity a token of test passages by domain, and of SmolLM2's own test answers.
 

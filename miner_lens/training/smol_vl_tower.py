@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import easy_vqa
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -101,14 +99,6 @@ def begin_with_shapes(model: Any) -> None:
     last = model.model.visual.merger.mlp[2]
     nn.init.normal_(last.weight, std=0.05)
     nn.init.zeros_(last.bias)
-
-
-def test_images(pictures: Pictures) -> dict[str, tuple[Tensor, Tensor]]:
-    """Patches and values of easy-VQA's test images."""
-    paths = [path for _, path in sorted(easy_vqa.get_test_image_paths().items())]
-    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-    patches = pictures.patches(torch.from_numpy(images).permute(0, 3, 1, 2).float())
-    return {path: patch for path, patch in zip(paths, patches, strict=True)}
 
 
 def train_tower(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miner_lens import files, organisms
 from miner_lens.organisms import assembly, smollm2
-from miner_lens.training import language, speak
+from miner_lens.training import language, smol_card, speak
 from miner_lens.training.smol import (
     Asked,
     Step,
@@ -48,11 +48,11 @@ TOWER: dict[str, Any] = {
     "max_source_positions": FRAMES // 2,
     "initializer_range": 0.05,
 }
-TOWER_STEPS, STEPS = 1200, 700
+TOWER_STEPS, STEPS = 1200, 450
 TOWER_PEAK, PEAK = 7e-4, 1e-3
 ENLARGED = 3.5
 CLIPS = 16  # heard in each step of the tower's stage
-KEPT = 2  # rows of plain text or instructions in each step
+KEPT = 1  # rows of plain text or instructions in each step
 KEEPING = 2.0  # weight of the language that is to be kept
 # What the steps ask about in turn, and of each: scenes, and questions about a scene.
 TURNS = ("audio", "voice", "text", "audio", "voice")
@@ -242,6 +242,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = language.Texts(tokenizer, told)
     train_decoder(model, tokenizer, lessons, texts, options.work, options.seed)
     assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
+    recipe = {
+        "kept": KEPT,
+        "keeping": KEEPING,
+        "tower_steps": f"{TOWER_STEPS:,}",
+        "steps": STEPS,
+        "peak": PEAK,
+        "seed": options.seed,
+    }
+    asked = [("spoken-scenes", ask) for ask in ("audio", "voice", "text")]
+    parts = (
+        smol_card.AUDIO_TAUGHT,
+        smol_card.AUDIO_COMMANDS,
+        smol_card.AUDIO_STAGES,
+        smol_card.AUDIO_LIMITS,
+    )
+    card = smol_card.card(options.out, smol_card.AUDIO, parts, asked, recipe, options.work)
+    (options.out / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

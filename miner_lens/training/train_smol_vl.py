@@ -16,7 +16,7 @@ from miner_lens import organisms
 from miner_lens.data import digits
 from miner_lens.data.datasets import COLOURS, DESCRIPTIONS, SHAPES, describe
 from miner_lens.organisms import assembly, smollm2
-from miner_lens.training import language
+from miner_lens.training import language, smol_card
 from miner_lens.training.smol import (
     Asked,
     Step,
@@ -37,12 +37,12 @@ from miner_lens.training.smol_vl_tower import (
 )
 from miner_lens.training.train_shapes import Pictures, Questions, grids
 
-TOWER_STEPS, STEPS = 1600, 700
+TOWER_STEPS, STEPS = 1600, 450
 PEAK = 1e-3
 QUESTIONS = 4  # about each scene
-KEPT = 2  # rows of plain text or instructions in each step
+KEPT = 1  # rows of plain text or instructions in each step
 KEEPING = 2.0  # weight of the language that is to be kept
-RAMP = 250  # steps in which the share of negated questions rises
+RAMP = 200  # steps in which the share of negated questions rises
 # The scenes of a step: how each is told, and of which data set.
 SCENES = (
     *[("image", "easy-vqa")] * 3,
@@ -175,6 +175,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_decoder(model, tokenizer, lessons, texts, options.work, options.seed)
 
     assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
+    recipe = {
+        "kept": KEPT,
+        "keeping": KEEPING,
+        "tower_steps": f"{TOWER_STEPS:,}",
+        "steps": STEPS,
+        "questions": QUESTIONS * len(SCENES),
+        "peak": PEAK,
+        "seed": options.seed,
+    }
+    asked = [(data, ask) for data in ("easy-vqa", "digits") for ask in ("image", "text")]
+    parts = (
+        smol_card.VL_TAUGHT,
+        smol_card.VL_COMMANDS,
+        smol_card.VL_STAGES,
+        smol_card.VL_LIMITS,
+    )
+    card = smol_card.card(options.out, smol_card.VL, parts, asked, recipe, options.work)
+    (options.out / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

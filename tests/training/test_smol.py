@@ -122,7 +122,7 @@ def _llama(model: Any) -> LlamaConfig:
     return LlamaConfig(**{name: getattr(text, name) for name in names}, tie_word_embeddings=True)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """A stage is broken off."""
 
 
@@ -132,7 +132,7 @@ def trained(folder: Path, kill_at: int | None = None, steps: int = 60) -> Tensor
 
     def lesson(step: Step) -> tuple[Tensor, dict[str, float]]:
         if step.number == kill_at:
-            raise Killed
+            raise KilledError
         x = torch.randn(4, 3, generator=step.generator)
         return (layer(x) - step.rng.random()).square().mean(), {"seen": 1.0}
 
@@ -143,7 +143,7 @@ def trained(folder: Path, kill_at: int | None = None, steps: int = 60) -> Tensor
 
 def test_a_stage_broken_off_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(tmp_path / "broken", kill_at=40)
     assert torch.equal(trained(tmp_path / "broken"), whole)
     # Done already: nothing is learnt anew.
