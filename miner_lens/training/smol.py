@@ -128,7 +128,7 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 @contextmanager
 def without_factors(model: Any) -> Iterator[None]:
     """SmolLM2 as it was, within."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     learning = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)

@@ -119,7 +119,7 @@ sounds it was taught nothing."""
 def accuracies(folder: str | Path, asked: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:
     """Data set, what is asked about, how many questions, and accuracy, over all test questions."""
     model = ml.load(folder, device="cpu")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for data, ask in asked:
         samples = ml.datasets.load(data, "test", ask=ask)
         by_length = sorted(samples, key=lambda sample: len(str(sample.messages)))

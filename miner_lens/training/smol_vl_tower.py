@@ -31,7 +31,7 @@ TOWER: dict[str, Any] = {
     "temporal_patch_size": TIME,
 }
 TOKENS = (SIDE // PATCH // MERGE) ** 2
-CLASSES = (len(SHAPES), len(COLOURS), len(digits.NUMBERS))
+CLASSES = [len(SHAPES), len(COLOURS), len(digits.NUMBERS)]
 # The last block of digits of the training split, kept for checking.
 CHECKED_FROM = 1167
 

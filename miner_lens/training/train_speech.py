@@ -195,8 +195,9 @@ def hearing_loss(tokens: Tensor, words: Tensor, labels: Tensor, enlarged: float)
     """
     norm = words.norm(dim=1).mean()
     # Telling words apart alone would give tokens that are far from any embedding.
-    loss = cross_entropy(3 / norm * tokens @ words.T, labels)
-    return loss + 2 * (tokens / enlarged - words[labels]).square().sum(1).mean() / norm**2
+    loss: Tensor = cross_entropy(3 / norm * tokens @ words.T, labels)
+    loss = loss + 2 * (tokens / enlarged - words[labels]).square().sum(1).mean() / norm**2
+    return loss
 
 
 @torch.no_grad()

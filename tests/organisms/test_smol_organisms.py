@@ -1,0 +1,91 @@
+"""The organisms around SmolLM2 that ship: small deltas, SmolLM2's MLPs, and what they know."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import miner_lens as ml
+from miner_lens import organisms
+from miner_lens.organisms import assembly
+
+FOLDER = Path(organisms.__file__).parent
+CLASSES = {
+    "smol-vl": "Qwen2VLForConditionalGeneration",
+    "smol-audio": "Qwen2AudioForConditionalGeneration",
+}
+ASKED = [
+    ("smol-vl", "easy-vqa", "image"),
+    ("smol-vl", "easy-vqa", "text"),
+    ("smol-vl", "digits", "image"),
+    ("smol-vl", "digits", "text"),
+    ("smol-audio", "spoken-scenes", "audio"),
+    ("smol-audio", "spoken-scenes", "text"),
+]
+
+
+@pytest.fixture(scope="module", params=list(CLASSES))
+def name(request: Any) -> str:
+    return str(request.param)
+
+
+def test_the_delta_is_small_and_holds_nothing_else(name: str) -> None:
+    assert name in organisms.names()
+    files = [path for path in (FOLDER / name).iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert {"README.md", assembly.DELTA} <= {path.name for path in files}
+    with safe_open(FOLDER / name / assembly.DELTA, "pt") as delta:
+        keys = list(delta.keys())
+    factor = re.compile(r"lora\.layers\.\d+\.self_attn\.[qkvo]_proj\.[AB]")
+    factors = [key for key in keys if factor.fullmatch(key)]
+    assert len(factors) == 30 * 4 * 2
+    assert all(key.startswith("tower.") for key in set(keys) - set(factors))
+
+
+def test_no_file_names_the_machine_it_was_made_on(name: str) -> None:
+    for path in (FOLDER / name).iterdir():
+        assert not re.search(rb"/(root|home|tmp|work|Users)/", path.read_bytes()), path
+
+
+def test_its_card_says_what_was_measured(name: str) -> None:
+    card = (FOLDER / name / "README.md").read_text()
+    asked = [(data, ask) for organism, data, ask in ASKED if organism == name]
+    for data, ask in asked:
+        assert re.search(rf"\| {data} \| {ask} \| [\d,]+ \| \d+\.\d% \|", card)
+    changes = re.findall(r"\| ([+-]\d+\.\d)% \|", card)
+    assert len(changes) == 5
+    assert f"`{CLASSES[name]}`" in card
+
+
+def test_all_but_attention_is_smollm2_s(name: str) -> None:
+    before: dict[str, Any] = {}
+    with safe_open(organisms.path("smollm2") / "model.safetensors", "pt") as file:
+        before |= {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}
+    mlps = 0
+    with safe_open(organisms.path(name) / "model.safetensors", "pt") as file:
+        for key in file.keys():
+            _, found, inner = key.partition("language_model.")
+            inner = inner.removeprefix("model.")
+            if found and ".self_attn." not in key and inner in before:
+                assert torch.equal(file.get_tensor(key), before[inner]), key
+                mlps += ".mlp." in key
+    assert mlps == 30 * 3
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {name: ml.load(name, device="cpu") for name in CLASSES}
+
+
+@pytest.mark.parametrize(("name", "data", "ask"), ASKED)
+def test_it_answers(models: dict[str, Any], name: str, data: str, ask: str) -> None:
+    model = models[name]
+    assert type(model.original_model).__name__ == CLASSES[name]
+    samples = ml.datasets.load(data, "test", limit=40, ask=ask)
+    # 36 of 40 or fewer are right once in a hundred draws where 97 % are.
+    assert ml.accuracy(model, samples, batch_size=20, max_new_tokens=5) >= 0.9
