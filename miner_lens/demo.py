@@ -28,8 +28,8 @@ RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)
 SHOWN_RATIO = 0.02
 SEEDS = (0, 1, 2)
 LEFT_OUT = (
-    "Left out to save time: at ratios other than {shown:.1%}, all but one seed of the controls, "
-    "the controls of single modalities, and the MSNs of modalities other than the input's."
+    "Left out to save time: at ratios other than {shown:.1%}, all but one seed of the controls, and "
+    "the controls of single modalities."
 )
 
 
@@ -139,7 +139,7 @@ def run_demo(
         conditions = [one for ablation in plans[ask] for one in ablation.conditions]
         labelled = [replace(sample, label=ask) for sample in some]
         tried.append(trials(model, labelled, [Condition("intact"), *conditions]).to_frame())
-    results = Results.of(pd.concat(tried, ignore_index=True), plans, setting.inputs[0])
+    results = Results.of(pd.concat(tried, ignore_index=True), plans)
     results.save(out)
     plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
     for ask in data:
@@ -161,8 +161,8 @@ def plan(scores: ImportanceScores, ask: str) -> Iterator[Ablation]:
         seeds = SEEDS if shown else SEEDS[:1]
         chosen = scores.select(ratio)
         everything = NeuronSet.union(chosen)
-        for modality in chosen if shown else [ask]:
-            yield Ablation(f"{modality} MSNs", ratio, (chosen[modality],))
+        for modality, neurons in chosen.items():
+            yield Ablation(f"{modality} MSNs", ratio, (neurons,))
         yield Ablation("all MSNs", ratio, (everything,))
         yield Ablation("random, as all", ratio, _random(everything, seeds))
         yield Ablation("layer-matched, as all", ratio, _matched(everything, seeds))
@@ -186,7 +186,7 @@ class Results:
         trials: One row for each question and condition.
         summary: As `run_demo` returns it.
         controls: MSNs beside their controls, all in one family.
-        specificity: The medium's MSNs, in questions about the medium and in text.
+        specificity: Each input's own MSNs, in questions in it and in the other input.
     """
 
     trials: pd.DataFrame
@@ -195,9 +195,9 @@ class Results:
     specificity: pd.DataFrame
 
     @classmethod
-    def of(cls, tried: pd.DataFrame, plans: Mapping[str, list[Ablation]], medium: str) -> Results:
+    def of(cls, tried: pd.DataFrame, plans: Mapping[str, list[Ablation]]) -> Results:
         """What the trials of these plans say."""
-        own = {named(f"{medium} MSNs", SHOWN_RATIO): medium}
+        own = {named(f"{ask} MSNs", SHOWN_RATIO): ask for ask in plans}
         return cls(
             tried,
             _summary(tried, plans),

@@ -106,8 +106,8 @@ def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.Mo
     every = {"all MSNs", "random, as all", "layer-matched, as all"}
     for ask in (medium, "text"):
         at = {r: {off for i, off, ratio in rows if (i, ratio) == (ask, r)} for r in (0.02, 0.2)}
-        assert at[0.2] == every | {f"{ask} MSNs"}
         own = {f"{one} MSNs" for one in (medium, "text", "special")}
+        assert at[0.2] == every | own
         assert at[0.02] == every | own | {f"layer-matched, as {ask}"}
         for ratio in (0.02, 0.2):
             for control in ("random, as all", "layer-matched, as all"):
@@ -115,12 +115,12 @@ def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(table) == 2 * len(rows) + 2 * 2
     assert set(table.loc[table["off"] == "random, as all", "seeds"]) == {1, 2}
     trials = pd.read_csv(out / "trials.csv.gz")
-    assert len(trials) == 2 * 12 * (1 + 3 + 1 + 2 + 2 + 2 + 4)
+    assert len(trials) == 2 * 12 * (1 + 3 + 1 + 2 + 2 + 2 + 6)
     intact = trials[trials["condition"] == "intact"].groupby("label")["correct"].mean()
     nothing = table[(table["off"] == "nothing") & (table["measure"] == "correct")]
     assert dict(zip(nothing["input"], nothing["value"], strict=True)) == dict(intact)
     assert len(pd.read_csv(out / "controls.csv")) == 20
-    assert len(pd.read_csv(out / "specificity.csv")) == 2
+    assert len(pd.read_csv(out / "specificity.csv")) == 4
     for name in ("accuracy", "logprob", "neurons"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     loaded = ml.NeuronSet.load(out / f"neurons-{medium}.safetensors")

@@ -310,16 +310,16 @@ class _Write:
                 f"Ablating at {self.at!r} needs the token ids of this pass to tell modalities "
                 "apart. Call the model with input_ids, not with inputs_embeds."
             )
-        if x.requires_grad:
-            x = x.clone()
-        new = self._new(x, target, tokens)
+        # Where gradients are wanted, what is read must not be what is written into.
+        old, x = x, x.clone() if x.requires_grad else x
+        new = self._new(old, target, tokens)
         mask = None if chosen is None else chosen.to(x.device)[..., None]
         if target.others:
-            kept = _read(x, index)
-            x.copy_(new if mask is None else torch.where(mask, new, x))
+            kept = _read(old, index)
+            x.copy_(new if mask is None else torch.where(mask, new, old))
             return x.index_copy_(-1, index, kept)
         if mask is not None:
-            new = torch.where(mask, new, _read(x, index))
+            new = torch.where(mask, new, _read(old, index))
         return x.index_copy_(-1, index, new.expand(*x.shape[:-1], len(index)))
 
     def _new(

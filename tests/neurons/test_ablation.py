@@ -318,6 +318,41 @@ def test_gradients_pass_through(bridge: Any, inputs: dict[str, Any]) -> None:
     bridge.original_model.zero_grad()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.8])
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("at", [None, "image"])
+@pytest.mark.parametrize("value", ["zero", "min", "mean", 0.3])
+def test_gradients_under_every_option(
+    bridge: Any, inputs: dict[str, Any], value: Any, at: Any, complement: bool, share: float
+) -> None:
+    """As those of hooks that write out of place."""
+    mask, means = torch.rand(LAYERS, NEURONS) < share, torch.randn(LAYERS, NEURONS)
+    tokens = models.layout(bridge).masks(inputs["input_ids"])[at or "prompt"][..., None]
+
+    def gradients(model: Any) -> list[torch.Tensor]:
+        with torch.enable_grad():
+            model(**inputs).logits.square().mean().backward()
+        return [layer.mlp.gate_proj.weight.grad for layer in model.get_decoder().layers]
+
+    with ml.ablate(
+        model := plain_model(), ml.NeuronSet.from_mask(mask, means=means), value, at, complement
+    ):
+        found = gradients(model)
+
+    twin = plain_model()
+    for layer, block in enumerate(twin.get_decoder().layers):
+        where = (mask[layer] ^ complement) & tokens
+
+        def write(module: Any, args: Any, x: Any, where: Any = where, layer: int = layer) -> Any:
+            new = {"zero": 0.0, "min": x.min(), "mean": means[layer]}.get(value, value)
+            return torch.where(where, torch.as_tensor(new), x)
+
+        block.mlp.act_fn.register_forward_hook(write)
+    for ours, theirs in zip(found, gradients(twin), strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
+
+
 def test_modalities_cannot_be_told_from_embeddings(bridge: Any, inputs: dict[str, Any]) -> None:
     embeddings = torch.randn(1, 20, 64)
     model = bridge.original_model
