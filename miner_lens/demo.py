@@ -28,8 +28,8 @@ RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)
 SHOWN_RATIO = 0.02
 SEEDS = (0, 1, 2)
 LEFT_OUT = (
-    "Left out to save time: at ratios other than {shown:.1%}, all but one seed of the controls, and "
-    "the controls of single modalities."
+    "Left out to save time: at ratios other than {shown:.1%}, all but one seed of the controls, "
+    "and the controls of single modalities."
 )
 
 
