@@ -22,7 +22,7 @@ from miner_lens import registration
 
 if TYPE_CHECKING:
     from miner_lens import organisms
-    from miner_lens.analyzers import ImportanceAnalyzer, mine
+    from miner_lens.analyzers import AttributionAnalyzer, ImportanceAnalyzer, attribute, mine
     from miner_lens.data import Sample, SampleError, datasets
     from miner_lens.experiments import Condition, Trials, accuracy, answers
     from miner_lens.experiments.trials import trials
@@ -50,6 +50,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Analyzer": "running",
+    "AttributionAnalyzer": "analyzers",
     "Batch": "running",
     "Condition": "experiments",
     "ImportanceAnalyzer": "analyzers",
@@ -67,6 +68,7 @@ _HOMES = {
     "accuracy": "experiments",
     "activation_points": "models",
     "answers": "experiments",
+    "attribute": "analyzers",
     "bake": "neurons",
     "check_family": "models",
     "generate": "models",
@@ -89,6 +91,7 @@ _MODULES = {
 
 __all__ = [
     "Analyzer",
+    "AttributionAnalyzer",
     "Batch",
     "Condition",
     "ImportanceAnalyzer",
@@ -106,6 +109,7 @@ __all__ = [
     "accuracy",
     "activation_points",
     "answers",
+    "attribute",
     "bake",
     "check_family",
     "datasets",

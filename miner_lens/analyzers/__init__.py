@@ -1,5 +1,6 @@
 """What is read? One file for each analysis."""
 
+from miner_lens.analyzers.attribution import AttributionAnalyzer, attribute
 from miner_lens.analyzers.importance import ImportanceAnalyzer, mine
 
-__all__ = ["ImportanceAnalyzer", "mine"]
+__all__ = ["AttributionAnalyzer", "ImportanceAnalyzer", "attribute", "mine"]

@@ -128,7 +128,7 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
             skipped=self.skipped,
             means=torch.stack(means).float(),
             identity=self.identity,
-            info={"attention": self.attention, "data": self.data, "versions": _versions()},
+            info={"attention": self.attention, "data": self.data, "versions": versions()},
         )
 
 
@@ -205,6 +205,7 @@ def _require_plain_attention(model: Any) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that scores depend on."""
     packages = ("miner-lens", "transformer-lens", "transformers", "torch")
     return {package: importlib.metadata.version(package) for package in packages}

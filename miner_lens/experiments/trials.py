@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from miner_lens.data.metrics import require_answers
 from miner_lens.data.sample import Sample
 from miner_lens.models.bridge import prepared_bridge
-from miner_lens.models.collate import Inputs, collate, fit, kinds
+from miner_lens.models.collate import collate, fit, kinds
+from miner_lens.models.forcing import Forced, force, logprob, tokenizer_of
 from miner_lens.models.forward import evaluating, last_logits
-from miner_lens.models.generation import input_device, render, to_device
-from miner_lens.models.inside import hf_model_of, processor_of
+from miner_lens.models.generation import input_device, to_device
+from miner_lens.models.inside import hf_model_of
 from miner_lens.neurons.ablation import Neurons, Value, ablate
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ class Trials:
 
     def __repr__(self) -> str:
         lines = [f"Trials({len(self.samples)} samples x {len(self.conditions)} conditions)"]
-        for name, correct, logprob in zip(self.conditions, self.correct, self.logprob, strict=True):
-            lines.append(f"  {name}: {correct.mean():.3f} correct, logprob {logprob.mean():.3f}")
+        for name, correct, scored in zip(self.conditions, self.correct, self.logprob, strict=True):
+            lines.append(f"  {name}: {correct.mean():.3f} correct, logprob {scored.mean():.3f}")
         return "\n".join(lines)
 
 
@@ -172,7 +171,7 @@ def trials(
                     f"Two samples have the id {twice!r}, but conditions are compared by sample. "
                     "Give each an id of its own, or none."
                 )
-            asked = [_ask(model, sample) for sample in window]
+            asked = [force(model, sample) for sample in window]
             scored = []
             for condition in conditions:
                 scored.append(_under(condition, model, asked, ends, batch_size))
@@ -190,49 +189,8 @@ def trials(
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A sample with its answer, prepared.
-
-    Attributes:
-        inputs: Model inputs of the prompt and the answer.
-        answer: The tokens of the answer.
-    """
-
-    inputs: Inputs
-    answer: list[int]
-
-    @property
-    def length(self) -> int:
-        """How many tokens the model reads."""
-        return int(self.inputs["input_ids"].shape[1])
-
-
-def _ask(model: Any, sample: Sample) -> _Asked:
-    require_answers(sample)
-    prompt = render(model, [sample.messages])
-    answer = _tokenizer(model)(sample.answers[0], add_special_tokens=False)["input_ids"]
-    if not answer:
-        raise ValueError(f"{sample.id or 'A sample'} has an empty answer, which nobody can score.")
-    shape = prompt["input_ids"].shape
-    inputs = {
-        name: _extended(name, value, answer)
-        if isinstance(value, Tensor) and value.shape == shape
-        else value
-        for name, value in prompt.items()
-    }
-    return _Asked(inputs, answer)
-
-
-def _extended(name: str, value: Tensor, answer: list[int]) -> Tensor:
-    """What there is for each token of a prompt, and for the answer's, which are real and text."""
-    if name == "input_ids":
-        return torch.cat([value, value.new_tensor([answer])], dim=1)
-    return pad(value, (0, len(answer)), value=1 if name == "attention_mask" else 0)
-
-
 def _under(
-    condition: Condition, model: Any, asked: list[_Asked], ends: Sequence[int], batch_size: int
+    condition: Condition, model: Any, asked: list[Forced], ends: Sequence[int], batch_size: int
 ) -> tuple[list[bool], list[float]]:
     """Whether each sample is correct under a condition, and its answer's log-probability."""
     right, total = [False] * len(asked), [0.0] * len(asked)
@@ -246,7 +204,7 @@ def _under(
     return right, total
 
 
-def _batches(asked: list[_Asked], batch_size: int) -> Iterator[list[int]]:
+def _batches(asked: list[Forced], batch_size: int) -> Iterator[list[int]]:
     """Places of samples of like length that fit one another."""
     order = sorted(range(len(asked)), key=lambda place: asked[place].length)
     batch: list[int] = []
@@ -259,9 +217,9 @@ def _batches(asked: list[_Asked], batch_size: int) -> Iterator[list[int]]:
     yield batch
 
 
-def _logits(model: Any, batch: list[_Asked]) -> Tensor:
+def _logits(model: Any, batch: list[Forced]) -> Tensor:
     """`[sample pos vocabulary]` where an answer or the end of one is predicted, at the end."""
-    together = collate([one.inputs for one in batch], _tokenizer(model).pad_token_id or 0)
+    together = collate([one.inputs for one in batch], tokenizer_of(model).pad_token_id or 0)
     hf_model = hf_model_of(model)
     count = 1 + max(len(one.answer) for one in batch)
     with last_logits(hf_model, count) as options:
@@ -270,18 +228,10 @@ def _logits(model: Any, batch: list[_Asked]) -> Tensor:
     return logits
 
 
-def _score(logits: Tensor, answer: list[int], ends: Sequence[int]) -> tuple[bool, float]:
+def _score(logits: Tensor, answer: tuple[int, ...], ends: Sequence[int]) -> tuple[bool, float]:
     """Whether the most probable tokens are the answer and an end; the answer's log-probability."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    tokens = torch.tensor(answer, device=wide.device)
-    scored = wide[:-1].log_softmax(-1).gather(-1, tokens[:, None])
-    *best, last = wide.argmax(-1).tolist()
-    return best == answer and last in ends, float(scored.double().sum())
-
-
-def _tokenizer(model: Any) -> Any:
-    processor = processor_of(model)
-    return getattr(processor, "tokenizer", processor)
+    *best, last = logits.argmax(-1).tolist()
+    return tuple(best) == answer and last in ends, float(logprob(logits[:-1], answer))
 
 
 def _checked(model: Any, conditions: Iterable[Condition]) -> list[Condition]:

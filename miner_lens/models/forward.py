@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from miner_lens.models import attention
 from miner_lens.models.generation import Inputs
@@ -46,6 +49,42 @@ def aside() -> Iterator[None]:
 def is_aside() -> bool:
     """Whether it is `aside`."""
     return _aside.get()
+
+
+@contextmanager
+def differentiable(hf_model: Any, towers: Sequence[Any] = ()) -> Iterator[None]:
+    """Gradients reach activations, and no weight.
+
+    They begin where tokens are embedded, and in towers at what these are given, so that what is
+    kept for the backward pass grows with the activations alone.
+
+    Args:
+        hf_model: The model.
+        towers: Modules of towers in which gradients are wanted.
+    """
+    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+
+    def begin(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().requires_grad_(True).clone()  # some families write into it
+
+    def begin_tower(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return tuple(map(begin, args)), {name: begin(value) for name, value in kwargs.items()}
+
+    embeddings = hf_model.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(lambda _, __, embedded: begin(embedded))]
+    handles += [one.register_forward_pre_hook(begin_tower, with_kwargs=True) for one in towers]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

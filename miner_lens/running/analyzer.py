@@ -43,7 +43,9 @@ class Analyzer(Stateful, ABC, Generic[R]):
         site: Where it reads, if its points depend on that: `"llm"`, or a tower of the model.
 
     Attributes:
-        needs_gradients: Whether `see` wants the gradient at each point as well; refused for now.
+        needs_gradients: Whether `see` wants the gradient of `run`'s objective at each point as
+            well: it is called as `see(x, point, batch, gradient)`, from the last layer to the
+            first.
         needs_logits: Whether `finish` wants the logits of all positions in `batch.output`.
         identity: The model that it has seen.
 
@@ -141,11 +143,6 @@ class Analyzer(Stateful, ABC, Generic[R]):
             ValueError: It is another one than before, or has no such site or points.
         """
         name = type(self).__name__
-        if self.needs_gradients:
-            raise ValueError(
-                f"{name} needs gradients, and there is no backward pass yet: use one that sets "
-                "needs_gradients = False."
-            )
         self._remember(identity(model, self.site))
         self._points = tuple(self.points(model))
         there = model.hook_dict  # gathered from all modules each time
@@ -179,20 +176,30 @@ class Analyzer(Stateful, ABC, Generic[R]):
         for site in {self.site, *(point.site for point in self._points)} - {"llm"}:
             TowerPass.of(batch, hf_model, site)
         self.forget(batch.index)
-        self._calls = dict.fromkeys(self._points, 0)
+        self._calls, self._seen = dict.fromkeys(self._points, 0), dict.fromkeys(self._points, 0)
         self._finite: list[tuple[Point, Tensor]] = []
 
     def receive(self, x: Tensor, point: Point, batch: Batch) -> None:
-        """Hand what passes through a point to `see`."""
-        call, view = self._calls[point], batch
+        """Hand what passes through a point to `see`, with its gradient as soon as there is one."""
+        call, there = self._calls[point], x.detach()
         self._calls[point] += 1
+        if not self.needs_gradients:
+            self._hand_over((there,), point, call, batch)
+        elif x.requires_grad:
+            x.register_hook(lambda grad: self._hand_over((there, grad), point, call, batch))
+
+    def _hand_over(self, seen: Sequence[Tensor], point: Point, call: int, batch: Batch) -> None:
+        view = batch
         if point.site != "llm":
-            x, view = batch.towers[point.site].padded(x, call)
+            tower = batch.towers[point.site]
+            (*_, view), seen = tower.padded(seen[0], call), [tower.padded(t, call)[0] for t in seen]
         with torch.no_grad():
-            finite = batch.once((point.name, call), lambda: _finite(x))
-            self._finite.append((point, finite))
+            self._finite.append((point, batch.once((point.name, call), lambda: _finite(seen[0]))))
+            self._finite += [(point, _finite(gradient)) for gradient in seen[1:]]
+            self._seen[point] += 1
             with self._own(f"see failed at {point.name}"):
-                self.see(x.detach(), point, view)
+                see: Any = self.see
+                see(seen[0], point, view, *seen[1:])
 
     def end(self, batch: Batch) -> None:
         """Hand over the finished pass to `finish`."""
@@ -226,6 +233,12 @@ class Analyzer(Stateful, ABC, Generic[R]):
                 raise RuntimeError(
                     f"{point.name} should have run {thought} times in this pass, but ran {calls} "
                     f"times, so {type(self).__name__} has not seen what it reads."
+                )
+            if self._seen[point] != calls:
+                raise RuntimeError(
+                    f"No gradient of the objective has come to {point.name}, so "
+                    f"{type(self).__name__} has not seen what it reads. Does the objective depend "
+                    "on it?"
                 )
         # Layers may lie on several devices; only the last step waits for them.
         made = {name: total.is_sound()[None] for name, total in self.added().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ class Batch:
         ids: A name for each sample, for error messages.
         samples: The `Sample`s, where the data are such.
         index: The place of each sample in the data; row r of a prepared pair counts r * 2**40 more.
+        answers: The tokens of each sample's answer, where they follow the prompt. They are part of
+            no modality: what is generated is not scored.
     """
 
     inputs: Inputs
@@ -36,13 +38,13 @@ class Batch:
     ids: tuple[str, ...]
     samples: tuple[Any, ...] = ()
     index: tuple[int, ...] = ()
+    answers: tuple[tuple[int, ...], ...] = ()
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch pos"]:
-        """The tokens that are not padding."""
-        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
-        return (torch.ones_like(ids) if mask is None else mask).to(torch.bool)
+        """The tokens that are neither padding nor the answer's."""
+        return prompt_of(self.inputs, self.answers)
 
     @cached_property
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
@@ -98,6 +100,15 @@ class Batch:
     def towers(self) -> dict[str, TowerPass]:
         """The towers that were asked about in this pass, by site."""
         return self.once("towers", dict)
+
+
+def prompt_of(inputs: Inputs, answers: Sequence[tuple[int, ...]] = ()) -> Bool[Tensor, "batch pos"]:
+    """The real tokens of prompts, which are padded on the left and may have answers after them."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    real = (torch.ones_like(ids) if mask is None else mask).to(torch.bool, copy=True)
+    for row, answer in zip(real, answers, strict=False):
+        row[len(row) - len(answer) :] = False
+    return real
 
 
 @dataclass(frozen=True)

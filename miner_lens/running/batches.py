@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,8 +14,9 @@ from miner_lens.data.items import prepared_pair
 from miner_lens.data.sample import Sample, SampleError
 from miner_lens.models.access import layout
 from miner_lens.models.collate import collate, fit, kinds
+from miner_lens.models.forcing import force
 from miner_lens.models.generation import Inputs, awaits_answer, input_device, render, to_device
-from miner_lens.running.batch import Batch
+from miner_lens.running.batch import Batch, prompt_of
 
 BatchSize = int | Literal["auto"]
 Thing = TypeVar("Thing")
@@ -34,19 +35,32 @@ class Item:
     number: int
     value: Any  # a sample or a prepared pair
     inputs: Inputs | None = None  # a sample's, on the CPU
+    answer: tuple[int, ...] = ()  # its tokens, where they are among the inputs, at the end
     error: SampleError | None = None  # why it has none
 
     @classmethod
-    def prepared(cls, model: Any, number: int, value: Any) -> Item:
-        """An item with the inputs that the processor makes of it."""
+    def prepared(cls, model: Any, number: int, value: Any, answered: bool = False) -> Item:
+        """An item with the inputs that the processor makes of it, its answer included if wanted.
+
+        Raises:
+            ValueError: An answer is wanted, and there is none.
+        """
+        bare = cls(number, value)
         if not isinstance(value, Sample):
-            return cls(number, value)
+            if answered:
+                raise ValueError(
+                    f"{bare.name} is a prepared pair, which has no answer whose log-probability "
+                    "has a gradient. Give samples with answers, or another objective."
+                )
+            return bare
         try:
-            return cls(
-                number, value, render(model, [value.messages], awaits_answer(value.messages))
-            )
+            if answered:
+                forced = force(model, value)
+                return replace(bare, inputs=forced.inputs, answer=forced.answer)
+            awaits = awaits_answer(value.messages)
+            return replace(bare, inputs=render(model, [value.messages], awaits))
         except SampleError as error:
-            return cls(number, value, None, SampleError(f"{cls(number, value).name}: {error}"))
+            return replace(bare, error=SampleError(f"{bare.name}: {error}"))
 
     @property
     def name(self) -> str:
@@ -149,6 +163,8 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     apart = [item.inputs for item in items if item.inputs is not None]
     inputs = to_device(collate(apart, tokenizer.pad_token_id or 0), device)
-    masks = layout(model).masks(inputs["input_ids"], inputs.get("attention_mask"))
+    answers = tuple(item.answer for item in items)
+    real = prompt_of(inputs, answers) if any(answers) else inputs.get("attention_mask")
+    masks = layout(model).masks(inputs["input_ids"], real)
     values, numbers = tuple(item.value for item in items), tuple(item.number for item in items)
-    return Batch(inputs, masks, tuple(item.name for item in items), values, numbers)
+    return Batch(inputs, masks, tuple(item.name for item in items), values, numbers, answers)

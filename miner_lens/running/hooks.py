@@ -73,6 +73,11 @@ def _hand(analyzer: Any, point: Point, running: Running, x: Tensor, hook: Any) -
 
 def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
     """Hooks by which an analyzer reads along wherever the model runs; see `Analyzer.hooks`."""
+    if analyzer.needs_gradients:
+        raise ValueError(
+            f"{type(analyzer).__name__} needs gradients, and run_with_hooks makes no backward "
+            "pass: use ml.run(model, data, analyzer)."
+        )
     prepare(model)
     analyzer.begin(model)
     known, inputs = layout(model), pass_inputs(model)

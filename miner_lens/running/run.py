@@ -26,7 +26,7 @@ from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batches import BatchSize, Sampler, ahead
 from miner_lens.running.checkpoint import Checkpoint, Record
 from miner_lens.running.distributed import RankError, Ranks, joined
-from miner_lens.running.passes import OnError, Passes
+from miner_lens.running.passes import Objective, OnError, Passes
 from miner_lens.running.shards import Items, Shard
 
 A = TypeVar("A")
@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     checkpoint: str | Path | None
     checkpoint_every: float
     checkpoint_every_samples: int | None
+    objective: Objective
 
 
 @overload
@@ -68,6 +69,7 @@ def run(
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
     checkpoint_every_samples: int | None = None,
+    objective: Objective = "answer",
 ) -> Any:
     """Show every sample to the model once, prefill only, with all analyzers reading along.
 
@@ -97,6 +99,10 @@ def run(
             may use it meanwhile.
         checkpoint_every: Seconds between two writes.
         checkpoint_every_samples: Write also after so many samples of a process.
+        objective: What gradients are of, where an analyzer needs them. `"answer"`: the
+            log-probability of each sample's first answer, which the model then reads after the
+            prompt; what is read at the prompt is the same as without. Or a function of the logits
+            [sample pos token] of the prompts and the `Batch`, whose sum counts.
 
     Returns:
         The analyzer's result, or a tuple of results where there are several.
@@ -119,11 +125,12 @@ def run(
         for analyzer in analyzers:
             analyzer.begin(model)
         sampler = Sampler(batch_size, device)
-        passes = Passes(model, analyzers, on_error, sampler)
+        wanted = objective if any(one.needs_gradients for one in analyzers) else None
+        passes = Passes(model, analyzers, on_error, sampler, wanted)
         settings: dict[str, Any] = {}
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
-            settings = _settings(model, analyzers, batch_size, on_error)
+            settings = _settings(model, analyzers, batch_size, on_error, wanted)
         _require_same(ranks, settings, items)
         kept, record, done = None, Record(), []
         if checkpoint is not None:
@@ -182,10 +189,15 @@ def run(
 
 
 def _settings(
-    model: Any, analyzers: tuple[Any, ...], batch_size: BatchSize, on_error: str
+    model: Any,
+    analyzers: tuple[Any, ...],
+    batch_size: BatchSize,
+    on_error: str,
+    objective: Objective | None,
 ) -> dict[str, Any]:
     """What must be the same when a run is continued, as JSON has it."""
     hf_model = hf_model_of(model)
+    function = f"{objective.__module__}.{objective.__qualname__}" if callable(objective) else None
     settings = {
         "model": identity(model).to_dict(),
         "dtype": str(hf_model.dtype),
@@ -194,6 +206,7 @@ def _settings(
         "analyzers": [[type(one).__name__, one.settings] for one in analyzers],
         "batch_size": batch_size,
         "on_error": on_error,
+        "objective": function or objective,
     }
     return dict(json.loads(json.dumps(settings)))
 

@@ -40,8 +40,8 @@ class ImportanceScores(Result):
     one go would have given.
 
     Attributes:
-        values: Normalised scores in [0, 1], mean over samples; a sample without a modality
-            counts as 0 there.
+        values: Scores, mean over samples; a sample without a modality counts as 0 there. MINER's
+            are normalised to [0, 1]; of attribution they are signed, in nats.
         modalities: Names of the second axis.
         metrics: Names of the first axis.
         samples: Number of samples behind the means.
@@ -284,7 +284,7 @@ class ImportanceScores(Result):
             strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform" or "random"; see
                 `miner_lens.scoring.select`. "random" gives a single set, named random.
             weights: Weight of each metric, in order or as a mapping; default 0, 0.25, 0.25,
-                0.5, 0.
+                0.5, 0, or of scores by other metrics than MINER's five the first one alone.
             split: Which modalities to tell apart: "special_text_separate" (the default where
                 there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
                 that occur in the data.
@@ -310,12 +310,10 @@ class ImportanceScores(Result):
                 f"data that has them."
             )
         chosen = [self.modalities.index(name) for name in names]
-        combined = select.combine(
-            self.values[:, chosen],
-            select.DEFAULT_WEIGHTS if weights is None else weights,
-            self.metrics,
-            names,
-        )
+        if weights is None:
+            published = self.metrics == METRICS
+            weights = select.DEFAULT_WEIGHTS if published else {self.metrics[0]: 1.0}
+        combined = select.combine(self.values[:, chosen], weights, self.metrics, names)
         masks = select.select(combined, ratio, strategy, seed)
         means = self._overall_means()
         keys = ["random"] if strategy == "random" else names

@@ -80,7 +80,8 @@ class Lessons:
     def __init__(self, model: Any, tokenizer: Any, clips: Clips) -> None:
         self.model, self.tokenizer, self.clips = model, tokenizer, clips
         self.counts = token_counts(clips.frames).tolist()
-        self.described = [n for n, scene in enumerate(clips.scenes) if scene is not None]
+        self.scenes = {n: scene for n, scene in enumerate(clips.scenes) if scene is not None}
+        self.described = list(self.scenes)
         self.heard = [scene for scene in speak.SCENES if not scene.is_unheard]
         self.spoken: dict[str, list[int]] = {}
         for n, (scene, text) in enumerate(zip(clips.scenes, clips.texts, strict=True)):
@@ -111,8 +112,7 @@ class Lessons:
         """Questions about a scene, and the clips that are heard, in their order."""
         rng, encode = step.rng, self.tokenizer
         clip = rng.choice(self.described)
-        scene = rng.choice(self.heard) if kind == "text" else self.clips.scenes[clip]
-        assert scene is not None
+        scene = rng.choice(self.heard) if kind == "text" else self.scenes[clip]
         about = f"{SYSTEM}<|im_start|>user\n"
         if kind == "text":
             about += rng.choice(speak.DESCRIPTIONS).format(**scene._asdict())

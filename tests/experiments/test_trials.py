@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import miner_lens as ml
+from miner_lens.models import forcing
 from miner_lens.neurons.neuron_set import NeuronSet
 from tests.experiments import naive_logprob
 
@@ -86,13 +87,13 @@ def test_windows_change_nothing(shapes: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_media_are_prepared_once(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = []
-    render = ml.trials.__globals__["render"]
+    render = forcing.render
 
     def counting(model: Any, conversations: Any) -> Any:
         rendered.append(conversations)
         return render(model, conversations)
 
-    monkeypatch.setitem(ml.trials.__globals__, "render", counting)
+    monkeypatch.setattr(forcing, "render", counting)
     data = ml.datasets.load("easy-vqa", limit=3)
     ml.trials(shapes, data, [ml.Condition(name) for name in "abc"])
     assert len(rendered) == 3
