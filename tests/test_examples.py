@@ -44,7 +44,7 @@ def test_an_analyzer_takes_few_lines() -> None:
     classes = [
         node for node in ast.parse(code_of(ANALYZERS)).body if isinstance(node, ast.ClassDef)
     ]
-    assert [node.name for node in classes] == ["Sparsity", "MeanByLabel", "TopTokens"]
+    assert [node.name for node in classes] == ["Sparsity", "MeanByLabel", "TopTokens", "Effect"]
     for node in classes:
         assert node.end_lineno is not None
         assert node.end_lineno - node.lineno < 25, node.name

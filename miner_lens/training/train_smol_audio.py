@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_decoder(model, tokenizer, lessons, texts, options.work, options.seed)
     assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
     recipe = {
-        "kept": KEPT,
+        "every": "each",
         "keeping": KEEPING,
         "tower_steps": f"{TOWER_STEPS:,}",
         "steps": STEPS,

@@ -37,12 +37,15 @@ from miner_lens.training.smol_vl_tower import (
 )
 from miner_lens.training.train_shapes import Pictures, Questions, grids
 
-TOWER_STEPS, STEPS = 1600, 450
+TOWER_STEPS = 1600
+# Stages of the decoder and their steps. Yes or no is an exclusive or where half of the questions
+# are negated: learnt after what is asked, it comes quickly, and together with it not at all.
+ANSWERING, NEGATING = 200, 250
 PEAK = 1e-3
 QUESTIONS = 4  # about each scene
-KEPT = 1  # rows of plain text or instructions in each step
+KEPT = 1  # rows of plain text or instructions in every second step
 KEEPING = 2.0  # weight of the language that is to be kept
-RAMP = 200  # steps in which the share of negated questions rises
+RAMP = 120  # steps in which the share of negated questions rises to a half
 # The scenes of a step: how each is told, and of which data set.
 SCENES = (
     *[("image", "easy-vqa")] * 3,
@@ -88,10 +91,9 @@ class Lessons:
         rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grids(1))
         self.rope = rope[:, 0]
 
-    def draw(self, step: Step) -> tuple[Any, Tensor]:
-        """The packed questions of a step, and their embeddings."""
+    def draw(self, step: Step, negations: float) -> tuple[Any, Tensor]:
+        """The packed questions of a step, a share of easy-VQA's negated, and their embeddings."""
         rng, colours = step.rng, tuple(COLOURS)
-        negations = 0.5 * min(1, (step.number + 1) / RAMP)
         n_shapes, n_digits = SCENES.count(("image", "easy-vqa")), SCENES.count(("image", "digits"))
         pictures = self.pictures.draw(n_shapes, step.generator)
         values, written = self.digits.draw(n_digits, step.generator)
@@ -139,16 +141,23 @@ def train_decoder(
     merger = model.model.visual.merger.requires_grad_(True)
     parameters |= {f"merger.{name}": p for name, p in merger.named_parameters()}
 
-    def lesson(step: Step) -> tuple[Tensor, dict[str, float]]:
-        loss, right = answer_loss(model, *lessons.draw(step))
-        kept = language_loss(model, texts.draw(KEPT, step.rng))
-        return loss + KEEPING * kept, {
-            "answers": loss.item(),
-            "kept": kept.item(),
-            "tokens right": right.float().mean().item(),
-        }
+    def lesson(step: Step, negations: float) -> tuple[Tensor, dict[str, float]]:
+        loss, right = answer_loss(model, *lessons.draw(step, negations))
+        figures = {"answers": loss.item(), "tokens right": right.float().mean().item()}
+        if step.number % 2 == 0:
+            kept = language_loss(model, texts.draw(KEPT, step.rng))
+            loss = loss + KEEPING * kept
+            figures["kept"] = kept.item()
+        return loss, figures
 
-    learn("decoder", folder, parameters, lesson, STEPS, PEAK, seed)
+    def plainly(step: Step) -> tuple[Tensor, dict[str, float]]:
+        return lesson(step, 0.0)
+
+    def negated(step: Step) -> tuple[Tensor, dict[str, float]]:
+        return lesson(step, 0.5 * min(1.0, (step.number + 1) / RAMP))
+
+    learn("answering", folder, parameters, plainly, ANSWERING, PEAK, seed)
+    learn("negating", folder, parameters, negated, NEGATING, PEAK, seed)
     model.requires_grad_(False)
 
 
@@ -176,10 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
     recipe = {
-        "kept": KEPT,
+        "every": "every second",
         "keeping": KEEPING,
         "tower_steps": f"{TOWER_STEPS:,}",
-        "steps": STEPS,
+        "answering": ANSWERING,
+        "negating": NEGATING,
         "questions": QUESTIONS * len(SCENES),
         "peak": PEAK,
         "seed": options.seed,
