@@ -35,11 +35,11 @@ def demo(
     ] = None,
 ) -> None:
     """Mine small trained models and see whether their neurons are specific, or just important."""
-    from miner_lens.demo import run_demo, shown_organisms
+    from miner_lens.demo import MAIN, run_demo
 
     _without_progress_bars()
     with _clear_errors():
-        for name in shown_organisms() if organism is None else [organism]:
+        for name in MAIN if organism is None else [organism]:
             run_demo(name, out / name, samples)
 
 

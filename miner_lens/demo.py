@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from miner_lens import organisms
 from miner_lens.analyzers.importance import mine
 from miner_lens.data import datasets
 from miner_lens.experiments import statistics
@@ -52,7 +51,7 @@ ORGANISMS = {
     "shapes": Organism("easy-vqa", ("image", "text")),
     "speech": Organism("spoken-scenes", ("audio", "text")),
 }
-# Shown where none is named; the others where this installation has none of these.
+# Shown where none is named.
 MAIN = ("smol-vl", "smol-audio")
 
 
@@ -86,12 +85,6 @@ class Ablation:
 def named(off: str, ratio: float) -> str:
     """A condition's name in the table of trials."""
     return f"{off} at {ratio:.1%}"
-
-
-def shown_organisms() -> list[str]:
-    """The organisms that the demo shows where none is named."""
-    known = organisms.names()
-    return [name for name in MAIN if name in known] or [n for n in ORGANISMS if n in known]
 
 
 def run_demo(
