@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def card(
     folder: Path,
     about: Mapping[str, str],
     parts: Sequence[str],
-    asked: Sequence[tuple[str, str]],
+    measure: Callable[[Path], list[tuple[str, ...]]],
     recipe: Mapping[str, Any],
     work: Path,
 ) -> str:
@@ -145,7 +145,7 @@ def card(
         folder: Its delta.
         about: What the beginning of the card says.
         parts: What it was taught, the commands, the stages, and what is not claimed.
-        asked: Data sets, and what is asked about, that are measured.
+        measure: Measures a checkpoint: rows of data set, what is asked about, questions, accuracy.
         recipe: What the parts name.
         work: Where answers of SmolLM2 are kept.
     """
@@ -160,9 +160,7 @@ def card(
         for name, was in before.items()
     ]
     found = {
-        "accuracy": table(
-            accuracies(checkpoint, asked), ["data set", "asked about", "questions", "right"]
-        ),
+        "accuracy": table(measure(checkpoint), ["data set", "asked about", "questions", "right"]),
         "language": table(kept, ["text", "SmolLM2", about["name"], "change"]),
         "limit": language.LIMIT,
         "instructions": len(told),

@@ -250,14 +250,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peak": PEAK,
         "seed": options.seed,
     }
-    asked = [("spoken-scenes", ask) for ask in ("audio", "voice", "text")]
+
+    def measured(checkpoint: Path) -> list[tuple[str, ...]]:
+        asked = [("spoken-scenes", ask) for ask in ("audio", "voice", "text")]
+        return smol_card.accuracies(checkpoint, asked)
+
     parts = (
         smol_card.AUDIO_TAUGHT,
         smol_card.AUDIO_COMMANDS,
         smol_card.AUDIO_STAGES,
         smol_card.AUDIO_LIMITS,
     )
-    card = smol_card.card(options.out, smol_card.AUDIO, parts, asked, recipe, options.work)
+    card = smol_card.card(options.out, smol_card.AUDIO, parts, measured, recipe, options.work)
     (options.out / "README.md").write_text(card)
 
 

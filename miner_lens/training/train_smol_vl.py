@@ -27,6 +27,7 @@ from miner_lens.training.smol import (
     learn,
     pack,
 )
+from miner_lens.training.smol_vl_exam import OPENING, TURN, VISION, measured
 from miner_lens.training.smol_vl_tower import (
     TOKENS,
     TOWER,
@@ -53,9 +54,7 @@ SCENES = (
     *[("text", "easy-vqa")] * 2,
     *[("text", "digits")] * 1,
 )
-OPENING = "<|im_start|>user\n"
-IMAGE = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
-TURN = "<|im_end|>\n<|im_start|>assistant\n"
+IMAGE = VISION.format("<|image_pad|>" * TOKENS)
 
 
 def ask_digit(digit: int, rng: random.Random) -> tuple[str, str]:
@@ -194,14 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peak": PEAK,
         "seed": options.seed,
     }
-    asked = [(data, ask) for data in ("easy-vqa", "digits") for ask in ("image", "text")]
     parts = (
         smol_card.VL_TAUGHT,
         smol_card.VL_COMMANDS,
         smol_card.VL_STAGES,
         smol_card.VL_LIMITS,
     )
-    card = smol_card.card(options.out, smol_card.VL, parts, asked, recipe, options.work)
+    card = smol_card.card(options.out, smol_card.VL, parts, measured, recipe, options.work)
     (options.out / "README.md").write_text(card)
 
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import miner_lens as ml
 from miner_lens.data import digits
 from miner_lens.organisms import assembly, smollm2
 from miner_lens.training import smol
 from miner_lens.training.smol import Asked, Step, add_factors, answer_loss, language_loss, pack
+from miner_lens.training.smol_vl_exam import which_are_right
 from miner_lens.training.smol_vl_tower import TOWER
 from miner_lens.training.train_smol_vl import ask_digit
 
@@ -169,3 +171,14 @@ def test_digits_are_asked_about_truly(digit: int, seed: int) -> None:
         assert answer == ("yes" if truth else "no")
     else:
         assert answer == ("yes" if (digit % 2 == 0) == ("even" in words) else "no")
+
+
+@pytest.mark.parametrize("ask", ["image", "text"])
+def test_packed_answers_are_those_that_are_generated(shapes: Any, ask: str) -> None:
+    samples = ml.datasets.load("easy-vqa", limit=60, ask=ask)
+    neurons = ml.NeuronSet.random(600, like=ml.mine(shapes, samples[:2]).select()["text"])
+    with ml.ablate(shapes, neurons):  # so that some are wrong
+        table = ml.answers(shapes, samples, 20, 6).to_frame()
+        right = which_are_right(shapes, samples)
+    assert [right[name] for name in table["id"]] == table["correct"].tolist()
+    assert 0.1 < table["correct"].mean() < 0.95
