@@ -27,20 +27,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
     samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 48,
     organism: Annotated[
-        str | None,
-        typer.Option(
-            help="smol-vl (images), smol-audio (sounds), or the smaller shapes and speech; "
-            "default the first two."
-        ),
-    ] = None,
+        str,
+        typer.Option(help="smol-vl (images), smol-audio (sounds), or the small shapes, speech."),
+    ] = "smol-vl",
 ) -> None:
     """Mine small trained models and see whether their neurons are specific, or just important."""
-    from miner_lens.demo import MAIN, run_demo
+    from miner_lens.demo import run_demo
 
     _without_progress_bars()
     with _clear_errors():
-        for name in MAIN if organism is None else [organism]:
-            run_demo(name, out / name, samples)
+        run_demo(organism, out / organism, samples)
 
 
 @app.command()

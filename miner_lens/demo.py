@@ -51,8 +51,6 @@ ORGANISMS = {
     "shapes": Organism("easy-vqa", ("image", "text")),
     "speech": Organism("spoken-scenes", ("audio", "text")),
 }
-# Shown where none is named.
-MAIN = ("smol-vl", "smol-audio")
 
 
 @dataclass(frozen=True)
