@@ -18,7 +18,7 @@ from miner_lens.data.sample import Sample
 
 LENGTH = 128  # tokens of a text to learn from
 ANSWER = 64  # tokens of an answer of SmolLM2 at most
-LIMIT = 80  # texts of each kind whose perplexity is measured, at most
+LIMIT = 32  # texts of each kind whose perplexity is measured, at most
 PASSAGE = 600  # characters of a text that an instruction is about, at most
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 SYSTEM = (
@@ -161,7 +161,7 @@ def perplexities(
             ids = torch.tensor([asked + said])
             logits = model(input_ids=ids).logits[0, max(len(asked), 1) - 1 : -1]
             labels = ids[0, max(len(asked), 1) :]
-            total += cross_entropy(logits.double(), labels, reduction="sum").item()
+            total += cross_entropy(logits, labels, reduction="none").double().sum().item()
             tokens += len(labels)
         result[name] = math.exp(total / tokens)
     return result
