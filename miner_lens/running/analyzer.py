@@ -186,7 +186,9 @@ class Analyzer(Stateful, ABC, Generic[R]):
         if not self.needs_gradients:
             self._hand_over((there,), point, call, batch)
         elif x.requires_grad:
-            x.register_hook(lambda grad: self._hand_over((there, grad), point, call, batch))
+            x.register_hook(  # type: ignore[no-untyped-call]
+                lambda grad: self._hand_over((there, grad), point, call, batch)
+            )
 
     def _hand_over(self, seen: Sequence[Tensor], point: Point, call: int, batch: Batch) -> None:
         view = batch

@@ -34,12 +34,12 @@ def measured(checkpoint: Path) -> list[tuple[str, ...]]:
         RuntimeError: Answers that are generated, to some of the questions, are not right as often.
     """
     bridge = ml.load(checkpoint, device="cpu")
-    found = []
+    found: list[tuple[str, ...]] = []
     for data, ask in ASKED:
         samples = ml.datasets.load(data, "test", ask=ask)
         some = ml.datasets.load(data, "test", ask=ask, limit=COMPARED)
         given = ml.answers(bridge, some, 20, 6)
-        by_generating = {one.id: is_right(one, a) for one, a in zip(some, given, strict=True)}
+        by_generating = {str(one.id): is_right(one, a) for one, a in zip(some, given, strict=True)}
         right = which_are_right(bridge, samples)
         if any(right[name] != hit for name, hit in by_generating.items()):
             raise RuntimeError(f"Packed and generated answers differ in {data}, {ask}.")
