@@ -19,7 +19,7 @@ ASKED = [(data, ask) for data in ("easy-vqa", "digits") for ask in ("image", "te
 OPENING = "<|im_start|>user\n"
 VISION = "<|vision_start|>{}<|vision_end|>"
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
-ROWS = 8
+ROWS, EACH = 8, 12  # rows of a pass, and questions of a row at most
 COMPARED = 100  # questions of each kind that are answered by generating as well
 
 
@@ -53,12 +53,13 @@ def which_are_right(bridge: Any, samples: Sequence[ml.Sample]) -> dict[str, bool
     """Whether each sample is answered right, by its id."""
     groups: dict[Any, list[ml.Sample]] = defaultdict(list)
     for sample in samples:
-        groups[_about(sample)].append(sample)
+        about = _about(sample)
+        groups[about.tobytes() if isinstance(about, Image.Image) else about].append(sample)
     right: dict[str, bool] = {}
-    things = list(groups)
-    for first in range(0, len(things), ROWS):
-        some = things[first : first + ROWS]
-        right |= _together(bridge, some, [groups[thing] for thing in some])
+    parts = [group[n : n + EACH] for group in groups.values() for n in range(0, len(group), EACH)]
+    asked = sorted(parts, key=len)
+    for first in range(0, len(asked), ROWS):
+        right |= _together(bridge, asked[first : first + ROWS])
     return right
 
 
@@ -70,11 +71,10 @@ def _about(sample: ml.Sample) -> Any:
     return content[0]["image"]
 
 
-def _together(
-    bridge: Any, things: Sequence[Any], asked: Sequence[Sequence[ml.Sample]]
-) -> dict[str, bool]:
+def _together(bridge: Any, asked: Sequence[Sequence[ml.Sample]]) -> dict[str, bool]:
     """Questions about some descriptions, or about some images."""
     model, processor = bridge.original_model, bridge.processor
+    things = [_about(samples[0]) for samples in asked]
     encode, features = processor.tokenizer, None
     openings = [OPENING + str(thing) for thing in things]
     if asked[0][0].messages[0]["content"][0]["type"] == "image":
