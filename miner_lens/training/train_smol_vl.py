@@ -38,41 +38,48 @@ from miner_lens.training.smol_vl_tower import (
 )
 from miner_lens.training.train_shapes import Pictures, Questions, grids
 
-TOWER_STEPS = 1600
-# Stages of the decoder and their steps. Yes or no is an exclusive or where half of the questions
-# are negated: learnt after what is asked, it comes quickly, and together with it not at all.
-ANSWERING, NEGATING = 200, 550
-PEAK = 1e-3
+TOWER_STEPS, STEPS = 1600, 900
+PEAK = 3e-3
 QUESTIONS = 4  # about each scene
 KEPT = 1  # rows of plain text or instructions in every second step
 KEEPING = 2.0  # weight of the language that is to be kept
-RAMP = 200  # steps in which the share of negated questions rises to a half
+# Between these steps the share of turned questions (negated, odd, less) rises from none to a half.
+# Yes or no is an exclusive or among them: learnt after what is asked, it comes quickly, and
+# together with it not at all.
+RAMP = (200, 450)
+# Kinds of questions about a digit, and how often each is asked: comparing is hardest to learn.
+KINDS = {"value": 1, "parity": 2, "comparison": 3}
 # The scenes of a step: how each is told, and of which data set.
 SCENES = (
-    *[("image", "easy-vqa")] * 3,
+    *[("image", "easy-vqa")] * 2,
     *[("image", "digits")] * 2,
     *[("text", "easy-vqa")] * 2,
-    *[("text", "digits")] * 1,
+    *[("text", "digits")] * 2,
 )
 IMAGE = VISION.format("<|image_pad|>" * TOKENS)
 
 
-def ask_digit(digit: int, rng: random.Random) -> tuple[str, str]:
-    """A question about a digit and its answer; yes and no are as likely."""
-    kind = rng.choice(("value", "value", "parity", "greater", "less"))
+def ask_digit(digit: int, turned: float, rng: random.Random) -> tuple[str, str]:
+    """A question about a digit and its answer; yes and no are as likely.
+
+    Args:
+        digit: The digit.
+        turned: How often to ask for odd instead of even, and for less instead of greater.
+        rng: Draws the question.
+    """
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "value":
         return rng.choice(digits.VALUE), digits.NUMBERS[digit]
+    other, truth = rng.random() < turned, rng.random() < 0.5
     if kind == "parity":
-        what = rng.randrange(2)
-        text = rng.choice(digits.PARITY).format(what=("even", "odd")[what])
-        return text, "yes" if digit % 2 == what else "no"
-    truth = rng.random() < 0.5
-    bounds = range(9) if kind == "greater" else range(1, 10)
-    fitting = [b for b in bounds if (digit > b if kind == "greater" else digit < b) == truth]
+        text = rng.choice(digits.PARITY).format(what="odd" if other else "even")
+        return text, "yes" if digit % 2 == other else "no"
+    bounds = range(1, 10) if other else range(9)
+    fitting = [b for b in bounds if (digit < b if other else digit > b) == truth]
     if not fitting:  # nothing is less than zero
-        return ask_digit(digit, rng)
-    bound = digits.NUMBERS[rng.choice(fitting)]
-    text = rng.choice(digits.COMPARISON).format(what=kind, bound=bound)
+        return ask_digit(digit, turned, rng)
+    what, bound = "less" if other else "greater", digits.NUMBERS[rng.choice(fitting)]
+    text = rng.choice(digits.COMPARISON).format(what=what, bound=bound)
     return text, "yes" if truth else "no"
 
 
@@ -90,8 +97,8 @@ class Lessons:
         rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grids(1))
         self.rope = rope[:, 0]
 
-    def draw(self, step: Step, negations: float) -> tuple[Any, Tensor]:
-        """The packed questions of a step, a share of easy-VQA's negated, and their embeddings."""
+    def draw(self, step: Step, turned: float) -> tuple[Any, Tensor]:
+        """The packed questions of a step, a share of them turned, and their embeddings."""
         rng, colours = step.rng, tuple(COLOURS)
         n_shapes, n_digits = SCENES.count(("image", "easy-vqa")), SCENES.count(("image", "digits"))
         pictures = self.pictures.draw(n_shapes, step.generator)
@@ -106,11 +113,11 @@ class Lessons:
                     shape, colour = shown.pop(0)
                 pair = SHAPES[shape], colours[colour]
                 told_as = describe(*pair, rng.randrange(len(DESCRIPTIONS)))
-                asked = [self.questions.draw(*pair, negations, rng) for _ in range(QUESTIONS)]
+                asked = [self.questions.draw(*pair, turned, rng) for _ in range(QUESTIONS)]
             else:
                 digit = digit_rows.pop(0) if told == "image" else rng.randrange(10)
                 told_as = digits.describe(digit, rng.randrange(len(digits.DESCRIPTIONS)))
-                asked = [ask_digit(digit, rng) for _ in range(QUESTIONS)]
+                asked = [ask_digit(digit, turned, rng) for _ in range(QUESTIONS)]
             rows.append(self._row(told, told_as, asked))
         packed = pack(rows, self.tokenizer.pad_token_id, axes=3)
         embeds = self.model.get_input_embeddings()(packed.ids)
@@ -140,8 +147,10 @@ def train_decoder(
     merger = model.model.visual.merger.requires_grad_(True)
     parameters |= {f"merger.{name}": p for name, p in merger.named_parameters()}
 
-    def lesson(step: Step, negations: float) -> tuple[Tensor, dict[str, float]]:
-        loss, right = answer_loss(model, *lessons.draw(step, negations))
+    def lesson(step: Step) -> tuple[Tensor, dict[str, float]]:
+        start, end = RAMP
+        turned = 0.5 * min(1.0, max(0.0, (step.number - start) / (end - start)))
+        loss, right = answer_loss(model, *lessons.draw(step, turned))
         figures = {"answers": loss.item(), "tokens right": right.float().mean().item()}
         if step.number % 2 == 0:
             kept = language_loss(model, texts.draw(KEPT, step.rng))
@@ -149,14 +158,7 @@ def train_decoder(
             figures["kept"] = kept.item()
         return loss, figures
 
-    def plainly(step: Step) -> tuple[Tensor, dict[str, float]]:
-        return lesson(step, 0.0)
-
-    def negated(step: Step) -> tuple[Tensor, dict[str, float]]:
-        return lesson(step, 0.5 * min(1.0, (step.number + 1) / RAMP))
-
-    learn("answering", folder, parameters, plainly, ANSWERING, PEAK, seed)
-    learn("negating", folder, parameters, negated, NEGATING, PEAK, seed)
+    learn("decoder", folder, parameters, lesson, STEPS, PEAK, seed)
     model.requires_grad_(False)
 
 
@@ -187,8 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "every": "every second",
         "keeping": KEEPING,
         "tower_steps": f"{TOWER_STEPS:,}",
-        "answering": ANSWERING,
-        "negating": NEGATING,
+        "steps": STEPS,
         "questions": QUESTIONS * len(SCENES),
         "peak": PEAK,
         "seed": options.seed,

@@ -17,16 +17,24 @@ from miner_lens.organisms import assembly
 
 FOLDER = Path(organisms.__file__).parent
 CLASSES = {
-    "smol-vl": "Qwen2VLForConditionalGeneration",
-    "smol-audio": "Qwen2AudioForConditionalGeneration",
+    name: architecture
+    for name, architecture in {
+        "smol-vl": "Qwen2VLForConditionalGeneration",
+        "smol-audio": "Qwen2AudioForConditionalGeneration",
+    }.items()
+    if name in organisms.names()
 }
 ASKED = [
-    ("smol-vl", "easy-vqa", "image"),
-    ("smol-vl", "easy-vqa", "text"),
-    ("smol-vl", "digits", "image"),
-    ("smol-vl", "digits", "text"),
-    ("smol-audio", "spoken-scenes", "audio"),
-    ("smol-audio", "spoken-scenes", "text"),
+    asked
+    for asked in [
+        ("smol-vl", "easy-vqa", "image"),
+        ("smol-vl", "easy-vqa", "text"),
+        ("smol-vl", "digits", "image"),
+        ("smol-vl", "digits", "text"),
+        ("smol-audio", "spoken-scenes", "audio"),
+        ("smol-audio", "spoken-scenes", "text"),
+    ]
+    if asked[0] in CLASSES
 ]
 
 
