@@ -225,11 +225,13 @@ def test_half_precision_is_stored_only(small: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(added, b @ a, rtol=1e-4, atol=1e-4)
 
 
-def test_a_delta_is_known_by_its_folder(
+def test_a_delta_with_a_card_is_known_by_its_folder(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "smol-vl", small)
     monkeypatch.setattr("miner_lens.organisms._FOLDER", tmp_path)
+    assert ml.organisms.names() == ("smollm2",)
+    (tmp_path / "smol-vl" / "README.md").touch()
     assert ml.organisms.names() == ("smol-vl", "smollm2")
     loaded = ml.load("smol-vl", device="cpu")
     assert type(loaded.original_model).__name__ == "Qwen2VLForConditionalGeneration"
