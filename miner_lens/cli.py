@@ -84,6 +84,9 @@ def mine(
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",
     site: Annotated[str, typer.Option(help="llm, vision, audio or projector.")] = "llm",
+    metrics: Annotated[
+        str, typer.Option(help="What to score; prob,mean,max never touches attention.")
+    ] = "prob,mean,max,attn_k,attn_q",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which a run that was stopped continues.")
     ] = None,
@@ -103,6 +106,7 @@ def mine(
             batch_size="auto" if batch_size == "auto" else int(batch_size),
             on_error=on_error,  # type: ignore[arg-type]
             site=site,
+            metrics=tuple(metrics.split(",")),
             checkpoint=checkpoint,
         )
         if launchers.rank() > 0:  # all ranks have them

@@ -155,9 +155,11 @@ class ImportanceScores(Result):
         model = "" if self.identity is None else f" of {self.identity.name}"
         name = max(len("modality"), *map(len, self.modalities), 0)
         head = f"{'modality':<{name}}  {'samples':>7}" + "".join(f"  {m:>6}" for m in self.metrics)
+        widths = [max(6, len(metric)) for metric in self.metrics]
         means = self.values.mean((2, 3)).T.tolist()
         rows = [
-            f"{modality:<{name}}  {count:>7}" + "".join(f"  {mean:6.4f}" for mean in row)
+            f"{modality:<{name}}  {count:>7}"
+            + "".join(f"  {mean:{width}.4f}" for mean, width in zip(row, widths, strict=True))
             for modality, count, row in zip(self.modalities, self.occurrences, means, strict=True)
         ]
         skipped = f", {self.skipped} skipped" if self.skipped else ""
@@ -284,7 +286,7 @@ class ImportanceScores(Result):
             strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform" or "random"; see
                 `miner_lens.scoring.select`. "random" gives a single set, named random.
             weights: Weight of each metric, in order or as a mapping; default 0, 0.25, 0.25,
-                0.5, 0, or of scores by other metrics than MINER's five the first one alone.
+                0.5, 0 of MINER's five, and else as `miner_lens.scoring.select.default_weights`.
             split: Which modalities to tell apart: "special_text_separate" (the default where
                 there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
                 that occur in the data.
@@ -311,8 +313,7 @@ class ImportanceScores(Result):
             )
         chosen = [self.modalities.index(name) for name in names]
         if weights is None:
-            published = self.metrics == METRICS
-            weights = select.DEFAULT_WEIGHTS if published else {self.metrics[0]: 1.0}
+            weights = select.default_weights(self.metrics)
         combined = select.combine(self.values[:, chosen], weights, self.metrics, names)
         masks = select.select(combined, ratio, strategy, seed)
         means = self._overall_means()

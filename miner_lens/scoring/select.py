@@ -25,6 +25,25 @@ SPLITS = {
 }
 
 
+def default_weights(metrics: Sequence[str]) -> dict[str, float]:
+    """What the metrics weigh in a selection where nothing else is said.
+
+    MINER's weights (0.25 mean, 0.25 max, 0.5 attn_k). Where attn_k was not scored its half goes to
+    `attended`, or else to the mean, from which it hardly differs (docs/method.md). Of other
+    metrics, such as `attribution`, the first alone counts.
+
+    Example:
+        >>> default_weights(("prob", "mean", "max"))
+        {'mean': 0.75, 'max': 0.25}
+    """
+    weights = dict(zip(METRICS, DEFAULT_WEIGHTS, strict=True))
+    if "attn_k" not in metrics:
+        heir = "attended" if "attended" in metrics else "mean"
+        weights[heir] = weights.get(heir, 0.0) + weights.pop("attn_k")
+    known = {metric: weights[metric] for metric in metrics if weights.get(metric)}
+    return known or {metrics[0]: 1.0}
+
+
 def combine(
     values: Float[Tensor, "metric modality layer neuron"],
     weights: Sequence[float] | Mapping[str, float] = DEFAULT_WEIGHTS,
