@@ -54,14 +54,12 @@ class AttentionSums:
                 hooks.append((key, partial(self._see_key, layer, scale, running)))
         return hooks
 
-    def weights(
-        self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
-    ) -> Float[Tensor, "batch direction modality pos"]:
-        """What tokens weigh, from the queries and keys of a layer."""
+    def weights(self, query: Tensor, key: Tensor, masks: Tensor, **options: Any) -> Tensor:
+        """What tokens weigh, [batch direction modality pos], by a layer's queries and keys."""
         return kernels.fused_attention_sums(query, key, masks, causal=self.causal, **options)
 
-    def of_layer(self, batch: Batch, layer: int) -> Float[Tensor, "batch direction modality pos"]:
-        """A layer's sums in the decoder.
+    def of_layer(self, batch: Batch, layer: int) -> Tensor:
+        """What `weights` made of a layer of the decoder.
 
         Raises:
             RuntimeError: No queries and keys were seen.
@@ -123,6 +121,17 @@ class ReceivedAttention(AttentionSums):
         """Shares of what each modality's tokens receive."""
         received = kernels.received_attention(query, key, causal=self.causal, **options)
         return kernels.attended_weights(received, masks)
+
+
+@dataclass(frozen=True)
+class LargestAttention(AttentionSums):
+    """Reads the largest attention within each modality, of which no weights are made."""
+
+    def weights(
+        self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
+    ) -> Float[Tensor, "batch modality"]:
+        """The largest probability in each modality's P[S, S]."""
+        return kernels.largest_attention(query, key, masks, causal=self.causal, **options)
 
 
 class _TowerLayer:

@@ -319,6 +319,36 @@ def received_attention(
 
 
 @_exact
+def largest_attention(
+    q: Float[Tensor, "batch head pos d_head"],
+    k: Float[Tensor, "batch kv_head pos d_head"],
+    masks: Bool[Tensor, "batch modality pos"],
+    causal: bool = False,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    segments: Segments | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "batch modality"]:
+    """The largest head-mean attention of a modality's token to one of the same modality.
+
+    0 where the modality has no token. Arguments and errors are those of `fused_attention_sums`.
+
+    Example:
+        >>> q = k = torch.zeros(1, 2, 4, 4)
+        >>> largest_attention(q, k, torch.ones(1, 1, 4, dtype=torch.bool))
+        tensor([[0.2500]])
+    """
+    pattern = _Pattern(q, k, causal, mask, segments, scale)
+    largest = q.new_zeros(masks.shape[:2], dtype=torch.float32)
+    for start, stop in pattern.chunks():
+        rows = pattern.rows(start, stop)
+        for modality, own in enumerate(masks.unbind(1)):
+            here = torch.where(own[:, None], rows, 0.0).amax(-1)
+            here = torch.where(own[:, start:stop], here, 0.0).amax(-1)
+            largest[:, modality] = torch.maximum(largest[:, modality], here)
+    return largest
+
+
+@_exact
 def attended_weights(
     received: Float[Tensor, "batch pos"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch 1 modality pos"]:

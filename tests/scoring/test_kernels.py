@@ -221,6 +221,21 @@ def test_received_attention_is_the_sum_of_columns(
 
 
 @few
+@given(shapes, st.booleans(), st.integers(1, 9))
+def test_largest_attention(shape: tuple[int, ...], causal: bool, rows: int) -> None:
+    _, q, k, masks = layer(*shape)
+    pattern = kernels.head_mean_attention(q, k, causal)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
+        )
+        found = kernels.largest_attention(q, k, masks, causal)[0]
+    for m, mask in enumerate(masks[0]):
+        own = pattern[mask][:, mask]
+        torch.testing.assert_close(found[m], own.max() if own.numel() else torch.tensor(0.0))
+
+
+@few
 @given(shapes)
 def test_statistics_without_weights_are_the_first_three(shape: tuple[int, ...]) -> None:
     x, q, k, masks = layer(*shape)
