@@ -120,7 +120,9 @@ def select(
     scores: Annotated[Path, typer.Argument(help="Scores that `mine` saved.")],
     out: Annotated[Path, typer.Option(help="Folder for one file per modality.")],
     ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
-    strategy: Annotated[str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform.")] = "LA_MU",
+    strategy: Annotated[
+        str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform, contrastive, lape or random.")
+    ] = "LA_MU",
     split: Annotated[str | None, typer.Option(help="How tokens are split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random strategy.")] = 0,
 ) -> None:

@@ -283,8 +283,9 @@ class ImportanceScores(Result):
 
         Args:
             ratio: Share of the model's neurons to select, over all modalities.
-            strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform" or "random"; see
-                `miner_lens.scoring.select`. "random" gives a single set, named random.
+            strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform", "random", "contrastive",
+                "lape", or one that an installed package names; see `miner_lens.scoring.select`.
+                "random" gives a single set, named random.
             weights: Weight of each metric, in order or as a mapping; default 0, 0.25, 0.25,
                 0.5, 0 of MINER's five, and else as `miner_lens.scoring.select.default_weights`.
             split: Which modalities to tell apart: "special_text_separate" (the default where
