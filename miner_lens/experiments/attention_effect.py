@@ -62,14 +62,17 @@ class AttentionEffect(Finding):
         found, axes = panels(len(PUBLISHED))
         for panel, (metric, rows) in zip(axes, self.frame.groupby("metric"), strict=True):
             for modality, line in rows.groupby("modality", sort=False):
-                colour = COLOURS.get(str(modality), "#999999")
-                panel.plot(line["layer"], line["distance"], color=colour, label=modality)
-                panel.plot(line["layer"], line["score_bound"], "--", color=colour)
+                look = {
+                    "color": COLOURS.get(str(modality), "#999999"),
+                    "alpha": 0.5 if modality == "special_text" else 1.0,  # whose colour is text's
+                }
+                panel.plot(line["layer"], line["distance"], label=modality, **look)
+                panel.plot(line["layer"], line["score_bound"], "--", **look)
             panel.set(title=f"{metric} beside the mean", xlabel="layer of the llm", yscale="log")
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
         axes[0].set_ylabel("distance of scores (dashed: bound)")
-        axes[-1].legend(frameon=False, fontsize="small")
+        axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         return found
 
 

@@ -21,8 +21,8 @@ COLOURS = {
 }
 
 
-def panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure of so many panels in a row, which share the y axis.
+def panels(count: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
+    """A figure of so many panels, in one row or in rows of `columns`, which share the y axis.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -31,6 +31,11 @@ def panels(count: int) -> tuple[Figure, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 4 * count, 3.6), layout="constrained", dpi=150)
+    columns = columns or count
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.5 + 4 * columns, 3.6 * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, axes[:count]

@@ -153,15 +153,16 @@ def lape(
 ) -> Bool[Tensor, "modality layer neuron"]:
     """The `k` neurons whose score is spread over the fewest modalities, by its entropy.
 
-    LAPE (Tang et al. 2024, arXiv 2402.16438, as published code), there of activation probabilities
-    by language. A score is high if it lies above 95 % of all (modality, layer, neuron). Only
-    neurons with a high score in some modality are taken, and each belongs to all modalities in
-    which it has one; so there may be fewer than `k`, and modalities get what falls to them.
-    Negative scores count as 0.
+    LAPE (Tang et al. 2024, arXiv 2402.16438), there of activation probabilities
+    by language. A score is high if it is among the top 5 % of all (modality, layer, neuron), those
+    that equal the last of them included: unlike in the published code, so that some are high where
+    more have the highest score of all. Only neurons with a high score in some modality are taken,
+    and each belongs to all modalities in which it has one; so there may be fewer than `k`, and
+    modalities get what falls to them. Negative scores count as 0.
     """
     scores = scores.clamp(min=0)
     bar = scores.flatten().kthvalue(max(1, round(0.95 * scores.numel()))).values
-    high = scores > bar
+    high = (scores >= bar) & (scores > 0)
     shares = scores / scores.sum(0).clamp(min=torch.finfo(scores.dtype).tiny)
     entropy = torch.special.entr(shares).sum(0)
     return high & _top(-entropy.masked_fill(~high.any(0), torch.inf), k)

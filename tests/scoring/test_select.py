@@ -92,12 +92,13 @@ def test_lape_is_its_definition(scores: torch.Tensor, ratio: float, signed: bool
     for layer in range(layers):
         for neuron in range(neurons):
             column = positive[:, layer, neuron]
-            if (column > bar).any():
+            if ((column >= bar) & (column > 0)).any():
                 shares = [float(v / column.sum()) for v in column if v > 0]
                 ranked.append((-sum(p * math.log(p) for p in shares), layer, neuron))
     expected = torch.zeros_like(scores, dtype=torch.bool)
     for _, layer, neuron in sorted(ranked)[:k]:
-        expected[:, layer, neuron] = positive[:, layer, neuron] > bar
+        column = positive[:, layer, neuron]
+        expected[:, layer, neuron] = (column >= bar) & (column > 0)
     chosen = select.select(scores, ratio, "lape")
     if modalities > 1:  # of one modality all entropies are 0, up to rounding
         assert torch.equal(chosen, expected)
