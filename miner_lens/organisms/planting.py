@@ -11,6 +11,7 @@ neurons write, what attention carries to the answer, and the rest, where tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,7 @@ def _code(draw: torch.Generator) -> Tensor:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
     rows, columns = (torch.randperm(PLANTED, generator=draw) for _ in range(2))
     chosen: Tensor = signs[rows][:, columns[: len(COLOURS)]]
-    return chosen * PLANTED**-0.5
+    return chosen / math.sqrt(PLANTED)
 
 
 def _plant(
