@@ -285,7 +285,8 @@ class ImportanceScores(Result):
             ratio: Share of the model's neurons to select, over all modalities.
             strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform", "random", "contrastive",
                 "lape", or one that an installed package names; see `miner_lens.scoring.select`.
-                "random" gives a single set, named random.
+                "random" gives a single set, named random. All but MINER's five are given each
+                modality's mean over the samples in which it occurs (of a single data set).
             weights: Weight of each metric, in order or as a mapping; default 0, 0.25, 0.25,
                 0.5, 0 of MINER's five, and else as `miner_lens.scoring.select.default_weights`.
             split: Which modalities to tell apart: "special_text_separate" (the default where
@@ -316,6 +317,11 @@ class ImportanceScores(Result):
         if weights is None:
             weights = select.default_weights(self.metrics)
         combined = select.combine(self.values[:, chosen], weights, self.metrics, names)
+        if strategy not in select.PUBLISHED and self.data_sets == 1:
+            # Absent counts as 0, so a modality of half the samples has half the score: no measure
+            # to hold modalities against each other by.
+            shares = [self.occurrences[place] / self.samples for place in chosen]
+            combined = combined / combined.new_tensor(shares)[:, None, None]
         masks = select.select(combined, ratio, strategy, seed)
         means = self._overall_means()
         keys = ["random"] if strategy == "random" else names

@@ -21,6 +21,8 @@ from miner_lens.scoring.kernels import METRICS
 # Where packages name strategies of their own: functions as those below.
 ENTRY_POINTS = "miner_lens.strategies"
 
+# MINER's own.
+PUBLISHED = ("adaptive", "LA_MU", "LU_MA", "uniform", "random")
 DEFAULT_WEIGHTS = (0.0, 0.25, 0.25, 0.5, 0.0)
 SPLITS = {
     "special_text_separate": ("text", "special", "image", "video", "audio"),

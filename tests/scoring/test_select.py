@@ -105,6 +105,19 @@ def test_lape_is_its_definition(scores: torch.Tensor, ratio: float, signed: bool
     assert chosen.any(0).sum() <= k
 
 
+@pytest.mark.parametrize("strategy", ["contrastive", "lape"])
+def test_modalities_are_compared_where_they_occur(strategy: str) -> None:
+    values = torch.rand(5, 2, 3, 50)
+    often = ImportanceScores(values, ("text", "image"), samples=8)
+    diluted = values * torch.tensor([1.0, 0.25])[:, None, None]  # absent from 6 samples of 8
+    rarely = ImportanceScores(diluted, ("text", "image"), samples=8, occurrences=(8, 2))
+    assert rarely.select(0.2, strategy) == often.select(0.2, strategy)
+    assert rarely.select(0.2, "adaptive") != often.select(0.2, "adaptive")  # as published
+    both = ImportanceScores.mean([often, often])  # which know no shares
+    assert both.occurrences == (16, 16)
+    assert both.select(0.2, strategy) == often.select(0.2, strategy)
+
+
 def two_best(scores: torch.Tensor, k: int) -> torch.Tensor:
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[:, 0, :2] = True
