@@ -64,6 +64,7 @@ def _comparisons(dtype: str, device: str) -> list[Comparison]:
     def at(pos: int, layers: int, *targets: Target) -> list[Comparison]:
         light = (
             against_plain(pos, *targets),
+            Row(f"attention-free-plain-{pos}-{dtype}", "attention-free", "plain", Target(1.04)),
             Row(f"ablate-plain-{pos}-{dtype}", "ablate", "plain", Target(1.02)),
         )
         dense = (

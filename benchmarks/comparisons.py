@@ -25,6 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = {
     "plain": "plain sdpa forward",
     "mine": "mining",
+    "attention-free": "mining prob, mean and max",
     "published": "published procedure",
     "naive": "run_with_cache and dense arithmetic",
     "ablate": f"forward with {ABLATED:.0%} of the neurons ablated",
@@ -140,6 +141,9 @@ def workloads(setting: Setting, names: Iterable[str], device: str) -> dict[str, 
     made: dict[str, Workload] = {
         "plain": forward,
         "mine": lambda: ml.mine(bridge, [(inputs, masks)], progress=False),
+        "attention-free": lambda: ml.mine(
+            bridge, [(inputs, masks)], progress=False, metrics=("prob", "mean", "max")
+        ),
         "published": lambda: published(plain, inputs, masks),
         "naive": lambda: naive(bridge, inputs, masks),
         "ablate": ablate,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from miner_lens import registration
 
 if TYPE_CHECKING:
-    from miner_lens import organisms
+    from miner_lens import experiments, organisms
     from miner_lens.analyzers import AttributionAnalyzer, ImportanceAnalyzer, attribute, mine
     from miner_lens.data import Sample, SampleError, datasets
     from miner_lens.experiments import Condition, Trials, accuracy, answers
@@ -84,6 +84,7 @@ _HOMES = {
 }
 _MODULES = {
     "datasets": "data.datasets",
+    "experiments": "experiments",
     "kernels": "scoring.kernels",
     "organisms": "organisms",
     "plots": "report.plots",
@@ -113,6 +114,7 @@ __all__ = [
     "bake",
     "check_family",
     "datasets",
+    "experiments",
     "generate",
     "inputs",
     "kernels",

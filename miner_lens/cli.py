@@ -89,6 +89,9 @@ def mine(
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     on_error: Annotated[str, typer.Option(help="raise, or skip unusable samples.")] = "raise",
     site: Annotated[str, typer.Option(help="llm, vision, audio or projector.")] = "llm",
+    metrics: Annotated[
+        str, typer.Option(help="What to score; prob,mean,max never touches attention.")
+    ] = "prob,mean,max,attn_k,attn_q",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which a run that was stopped continues.")
     ] = None,
@@ -108,6 +111,7 @@ def mine(
             batch_size="auto" if batch_size == "auto" else int(batch_size),
             on_error=on_error,  # type: ignore[arg-type]
             site=site,
+            metrics=tuple(metrics.split(",")),
             checkpoint=checkpoint,
         )
         if launchers.rank() > 0:  # all ranks have them
@@ -121,7 +125,9 @@ def select(
     scores: Annotated[Path, typer.Argument(help="Scores that `mine` saved.")],
     out: Annotated[Path, typer.Option(help="Folder for one file per modality.")],
     ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
-    strategy: Annotated[str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform.")] = "LA_MU",
+    strategy: Annotated[
+        str, typer.Option(help="LA_MU, LU_MA, adaptive, uniform, contrastive, lape or random.")
+    ] = "LA_MU",
     split: Annotated[str | None, typer.Option(help="How tokens are split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random strategy.")] = 0,
 ) -> None:

@@ -188,7 +188,13 @@ def test_the_catalogue_has_the_rows_that_were_promised(
     names = [name for group in groups for name in group.names()]
     assert len(set(names)) == len(names)
     for dtype in ("fp32", "bf16"):
-        for what in ("mine-plain", "published-plain", "published-mine", "naive-plain"):
+        for what in (
+            "mine-plain",
+            "attention-free-plain",
+            "published-plain",
+            "published-mine",
+            "naive-plain",
+        ):
             assert {f"{what}-1246-{dtype}", f"{what}-4096-{dtype}"} <= set(names)
         for where in ("batch1", "batch4", "batch16", "audio"):
             assert f"mine-plain-{where}-{dtype}" in names

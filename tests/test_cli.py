@@ -33,7 +33,9 @@ def test_info() -> None:
 
 def test_sites(tmp_path: Path) -> None:
     scores, msns = tmp_path / "scores.safetensors", tmp_path / "msns"
-    call("mine", "shapes", "--out", scores, "--limit", 2, "--site", "vision")
+    free = ("--metrics", "prob,mean,max")
+    call("mine", "shapes", "--out", scores, "--limit", 2, "--site", "vision", *free)
+    assert ml.ImportanceScores.load(scores).metrics == ("prob", "mean", "max")
     assert ml.ImportanceScores.load(scores).site == "vision"
     call("select", scores, "--out", msns, "--ratio", 0.1)
     neurons = msns / "neurons-image.safetensors"

@@ -14,7 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ANALYZERS = ROOT / "docs" / "writing-an-analyzer.md"
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{n}.md" for n in ("tutorial", "data")),
+    *(ROOT / "docs" / f"{n}.md" for n in ("tutorial", "data", "experiments")),
     ANALYZERS,
 ]
 

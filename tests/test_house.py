@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -291,10 +292,22 @@ def test_names_lead_somewhere(path: Path) -> None:
         assert name in ml.__all__, name
 
 
+@cache
+def entry_point_groups() -> set[str]:
+    """Groups that this project fills, or looks into for what other packages name there."""
+    filled = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    asked = {
+        ast.literal_eval(node.value)
+        for tree in sources("miner_lens").values()
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRY_POINTS"
+    }
+    return set(filled) | asked
+
+
 def leads_somewhere(name: str) -> bool:
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     module = ROOT / name.replace(".", "/")
-    if name in groups or module.is_dir() or module.with_suffix(".py").is_file():
+    if name in entry_point_groups() or module.is_dir() or module.with_suffix(".py").is_file():
         return True
     try:
         pkgutil.resolve_name(name)

@@ -1,4 +1,4 @@
-"""Attention sums of every layer, which the metrics attn_k and attn_q weigh tokens by."""
+"""What the metrics attn_k, attn_q and attended weigh tokens by, in every layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from miner_lens.scoring import kernels
 NO_ROTATED = (
     "This model's attention fires no hook_rot_q and hook_rot_k, so its queries and keys after RoPE "
     "cannot be read. Its TransformerLens adapter needs maintain_native_attention=True, and its "
-    "attention implementation must be sdpa or eager."
+    "attention implementation must be sdpa or eager. Without attention metrics nothing of it is "
+    'read: metrics=("prob", "mean", "max").'
 )
 
 
@@ -53,8 +54,12 @@ class AttentionSums:
                 hooks.append((key, partial(self._see_key, layer, scale, running)))
         return hooks
 
-    def of_layer(self, batch: Batch, layer: int) -> Float[Tensor, "batch stat modality pos"]:
-        """A layer's sums in the decoder.
+    def weights(self, query: Tensor, key: Tensor, masks: Tensor, **options: Any) -> Tensor:
+        """What tokens weigh, [batch direction modality pos], by a layer's queries and keys."""
+        return kernels.fused_attention_sums(query, key, masks, causal=self.causal, **options)
+
+    def of_layer(self, batch: Batch, layer: int) -> Tensor:
+        """What `weights` made of a layer of the decoder.
 
         Raises:
             RuntimeError: No queries and keys were seen.
@@ -89,15 +94,44 @@ class AttentionSums:
             raise RuntimeError(NO_ROTATED)
         padding = batch.padding
         # TransformerLens hands out [batch pos head d_head].
-        sums = kernels.fused_attention_sums(
+        sums = self.weights(
             query.transpose(1, 2),
             key.detach().transpose(1, 2),
             batch.stacked.to(key.device),
-            causal=self.causal,
             mask=None if padding is None else padding.to(key.device),
             scale=scale,
         )
         kept[layer] = sums
+
+
+@dataclass(frozen=True)
+class ReceivedAttention(AttentionSums):
+    """Reads the attention that each token receives in the pattern that the model has.
+
+    Attributes:
+        site: `"llm"` or a tower.
+        causal: Whether the site's own pattern is causal.
+    """
+
+    causal: bool = True
+
+    def weights(
+        self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
+    ) -> Float[Tensor, "batch 1 modality pos"]:
+        """Shares of what each modality's tokens receive."""
+        received = kernels.received_attention(query, key, causal=self.causal, **options)
+        return kernels.attended_weights(received, masks)
+
+
+@dataclass(frozen=True)
+class LargestAttention(AttentionSums):
+    """Reads the largest attention within each modality, of which no weights are made."""
+
+    def weights(
+        self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
+    ) -> Float[Tensor, "batch modality"]:
+        """The largest probability in each modality's P[S, S]."""
+        return kernels.largest_attention(query, key, masks, causal=self.causal, **options)
 
 
 class _TowerLayer:
@@ -137,7 +171,7 @@ class _TowerLayer:
         spans = tower.spans[call]
         view = tower.view(call, query.device)
         kept[self._layer, call] = [
-            kernels.fused_attention_sums(
+            self._shared.weights(
                 query[start:stop].transpose(0, 1)[None],
                 key[start:stop].transpose(0, 1)[None],
                 view.stacked[sample : sample + 1, :, : stop - start],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from miner_lens.analyzers.attention_sums import AttentionSums
+from miner_lens.analyzers.attention_sums import AttentionSums, ReceivedAttention
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
@@ -35,6 +36,9 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         site: Where the neurons live: `"llm"`, or a tower of the model, `"vision"`, `"audio"` or
             `"projector"`, in which only the tower's own modalities occur. A tower attends without
             a causal mask, and each image, frame of a video or clip only to itself.
+        metrics: What to score, of `prob`, `mean`, `max`, `attn_k`, `attn_q` and `attended`; MINER's
+            five by default. Without the last three attention is not touched, and need not be
+            readable. `attended` always takes the pattern that the model really has.
     """
 
     def __init__(
@@ -42,33 +46,56 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         attention: AttentionMode = "bidirectional",
         data: str | None = None,
         site: str = "llm",
+        metrics: Sequence[str] = kernels.METRICS,
     ) -> None:
         if attention not in ("bidirectional", "causal"):
             raise ValueError(f"attention must be 'bidirectional' or 'causal', not {attention!r}.")
         super().__init__(site)
         self.attention = attention
         self.data = data
-        self._sums = AttentionSums(site, causal=site == "llm" and attention == "causal")
+        self.metrics = _checked(metrics)
+        in_decoder = site == "llm"
+        self._sums: list[AttentionSums] = []
+        computed = ["prob", "mean", "max"]
+        if self._published:
+            causal = in_decoder and attention == "causal"
+            self._sums.append(AttentionSums(site, causal))
+            computed += ["attn_k", "attn_q"]
+        if "attended" in self.metrics:
+            self._sums.append(ReceivedAttention(site, causal=in_decoder))
+            computed.append("attended")
+        # Where the metrics are among those that `statistics` returns.
+        self._places = [computed.index(metric) for metric in self.metrics]
+        self._directions = len(computed) - 3
 
     @property
     def settings(self) -> dict[str, Any]:
         """What two analyzers must share to be merged or continued; not the name of the data."""
-        return {"attention": self.attention, "site": self.site}
+        return {
+            "attention": self.attention if self._published else None,
+            "site": self.site,
+            "metrics": list(self.metrics),
+        }
+
+    @property
+    def _published(self) -> list[str]:
+        """The published attention metrics that are scored."""
+        return [metric for metric in ("attn_k", "attn_q") if metric in self.metrics]
 
     def begin(self, model: Any) -> None:
         """Note the model; refuse another one than before, or one whose pattern is not computed.
 
         Raises:
-            ValueError: For causal attention, the model's own pattern has a sliding window or a soft
-                cap.
+            ValueError: For causal attention or `attended`, the model's own pattern has a sliding
+                window or a soft cap.
         """
         super().begin(model)
-        if self._sums.causal:
-            _require_plain_attention(model)
+        if any(sums.causal for sums in self._sums):
+            _require_plain_attention(model, "attended" in self.metrics)
 
     def needs(self) -> list[AttentionSums]:
         """The attention sums of every layer, shared with other analyzers."""
-        return [self._sums]
+        return self._sums
 
     def points(self, model: Any) -> list[Point]:
         """X of every layer."""
@@ -80,20 +107,24 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
             self._see_tower(x, point, batch)
             return
         masks = batch.stacked.to(x.device)
-        sums = self._sums.of_layer(batch, point.layer)
-        self._add_scores(x, sums.to(x.device), masks, point, tuple(batch.masks), batch.parts)
+        found = [sums.of_layer(batch, point.layer).to(x.device) for sums in self._sums]
+        sums = torch.cat(found, 1) if found else self._no_sums(masks)
+        self._add_scores(x, sums, masks, point, tuple(batch.masks), batch.parts)
 
     def _see_tower(self, x: Tensor, point: Point, batch: TowerBatch) -> None:
         # Attention stays within an image or a frame, so each sample is one product by itself.
-        all_sums = self._sums.of_call(batch, point.layer)
+        found = [sums.of_call(batch, point.layer) for sums in self._sums]
         for number, (sample, start, stop) in enumerate(batch.spans):
             masks = batch.stacked[sample : sample + 1, :, : stop - start].to(x.device)
             rows = x[sample : sample + 1, : stop - start]
-            if all_sums is None:
-                sums = torch.zeros(1, 2, *masks.shape[1:], device=x.device)
-            else:
-                sums = all_sums[number].to(x.device)
+            here = [all_sums[number].to(x.device) for all_sums in found if all_sums is not None]
+            sums = torch.cat(here, 1) if here else self._no_sums(masks)
             self._add_scores(rows, sums, masks, point, tuple(batch.masks), None)
+
+    def _no_sums(self, masks: Tensor) -> Tensor:
+        """Weights of 0, for a site without attention, or of no direction at all."""
+        shape = (masks.shape[0], self._directions, *masks.shape[1:])
+        return torch.zeros(shape, device=masks.device)
 
     def _add_scores(
         self,
@@ -106,7 +137,9 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
     ) -> None:
         raw = kernels.statistics(x, sums, masks, parts)
         # The normalised metrics, and last the mean as it is: [metric modality neuron].
-        kept = torch.cat([kernels.normalise(raw, masks).sum(0), raw[:, MEAN].sum(0)[None]])
+        means = raw[:, MEAN].sum(0)[None]
+        scored = torch.stack([raw[:, place] for place in self._places], 1)
+        kept = torch.cat([kernels.normalise(scored, masks).sum(0), means])
         for index, modality in enumerate(modalities):
             self.sum(modality, kept[:, index], at=point.layer)
 
@@ -115,20 +148,22 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         if self.samples == 0 or self.identity is None:
             raise ValueError("No sample has been seen, so there are no scores.")
         counts, layers, neurons = self.occurrences, self.identity.layers, self.identity.neurons
-        none = torch.zeros(layers, len(kernels.METRICS) + 1, neurons)
+        none = torch.zeros(layers, len(self.metrics) + 1, neurons)
         # [modality layer metric neuron], as `_add_scores` has kept them.
         sums = torch.stack([(self[name] if counts[name] else none).cpu() for name in counts])
         scores = sums[:, :, :-1].permute(2, 0, 1, 3) / self.samples
         means = [total[:, -1] / max(1, n) for total, n in zip(sums, counts.values(), strict=True)]
+        info = {"data": self.data, "versions": versions()}
         return ImportanceScores(
             scores.float(),
             tuple(counts),
+            metrics=self.metrics,
             samples=self.samples,
             occurrences=tuple(counts.values()),
             skipped=self.skipped,
             means=torch.stack(means).float(),
             identity=self.identity,
-            info={"attention": self.attention, "data": self.data, "versions": versions()},
+            info={"attention": self.attention} | info if self._published else info,
         )
 
 
@@ -144,6 +179,7 @@ def mine(
     checkpoint_every: float = 60.0,
     checkpoint_every_samples: int | None = None,
     site: str = "llm",
+    metrics: Sequence[str] = kernels.METRICS,
 ) -> ImportanceScores:
     """Score every neuron by how much each modality's tokens drive it.
 
@@ -162,11 +198,19 @@ def mine(
         checkpoint_every_samples: Write also after so many samples of a process.
         site: Where the neurons live: `"llm"`, `"vision"`, `"audio"` or `"projector"`, as far as
             the model has them. For several in one pass, give `run` an `ImportanceAnalyzer` each.
+        metrics: What to score, of `prob`, `mean`, `max`, `attn_k`, `attn_q` (MINER's five, the
+            default) and `attended`. `("prob", "mean", "max")` never touches attention.
 
     Returns:
         Scores [metric modality layer neuron], each in 0 to 1.
+
+    Raises:
+        ValueError: A metric is unknown, or as `run`.
+
+    Example:
+        scores = ml.mine(model, data, metrics=("prob", "mean", "max"))
     """
-    analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None), site)
+    analyzer = ImportanceAnalyzer(attention, getattr(data, "name", None), site, metrics)
     scores: ImportanceScores = run(
         model,
         data,
@@ -182,7 +226,20 @@ def mine(
     return scores
 
 
-def _require_plain_attention(model: Any) -> None:
+def _checked(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics, each known and named once."""
+    known = ", ".join(kernels.ALL_METRICS)
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics must be a tuple of names, not {metrics!r}; there are {known}.")
+    metrics = tuple(metrics)
+    if unknown := [name for name in metrics if name not in kernels.ALL_METRICS]:
+        raise ValueError(f"There is no metric {unknown[0]!r}; there are {known}.")
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"A metric is named twice: {', '.join(metrics)}.")
+    return metrics
+
+
+def _require_plain_attention(model: Any, attended: bool) -> None:
     """Refuse patterns other than softmax(scale QK^T) over all earlier tokens."""
     for layer, block in enumerate(model.blocks):
         attention = getattr(block.attn, "original_component", None) or block.attn
@@ -199,9 +256,11 @@ def _require_plain_attention(model: Any) -> None:
         }
         found = [name for name, present in other.items() if present]
         if found:
+            what = "The metric attended" if attended else "attention='causal'"
+            other_way = "Leave it out" if attended else "Use attention='bidirectional'"
             raise ValueError(
-                f"attention='causal' scores plain softmax(scale QK^T), but layer {layer} of "
-                f"this model attends with {' and '.join(found)}. Use attention='bidirectional'."
+                f"{what} scores plain softmax(scale QK^T), but layer {layer} of "
+                f"this model attends with {' and '.join(found)}. {other_way}."
             )
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["names", "path"]
+if TYPE_CHECKING:
+    from miner_lens.organisms.planting import Planting
+
+__all__ = ["names", "path", "planted"]
 
 _FOLDER = Path(__file__).parent
 _BASE, _DELTA = "smollm2", "delta.safetensors"
@@ -55,3 +59,39 @@ def path(name: str) -> Path:
     from miner_lens.organisms import assembly
 
     return assembly.base() if name == _BASE else assembly.assemble(_FOLDER / name)
+
+
+def planted(case: str = "plain", seed: int = 0, samples: int = 96) -> Planting:
+    """A small Qwen2-VL whose modality-specific neurons are known by construction.
+
+    It answers which colour a picture or a sentence shows. Sixteen neurons of each modality, in all
+    layers but the last of four, carry the colour, and without them the model guesses; 24 in each
+    layer are strongly active at every token and carry nothing; the rest of the 512 answer to tokens
+    at random. What is found is therefore right or wrong, and a method can be judged by it.
+
+    Args:
+        case: Of the neurons that carry the colour:
+
+            - `"strong"`: fire at every token of their modality, more than any other neuron;
+            - `"plain"`: fire at every token of their modality, less than those that carry nothing;
+            - `"rare"`: fire at tokens that show one of eight colours, and pictures have one such;
+            - `"weak"`: as plain, with a tenth of the activation;
+            - `"shared"`: the same sixteen carry both modalities;
+            - `"flipped"`: are negative at their modality's tokens and 0 elsewhere;
+            - `"idle"`: plain, beside as many that fire more, at their modality's tokens alone, and
+              that nothing reads.
+        seed: Which neurons they are, their codes, and all that is random.
+        samples: Number of questions, about pictures and sentences in turn.
+
+    Raises:
+        ValueError: There is no such case, or no sample is asked for.
+
+    Example:
+        planting = ml.organisms.planted("rare", seed=1)
+        model = ml.wrap(planting.model, planting.processor)
+        scores = ml.mine(model, planting.data)
+        found = scores.select(0.1)["image"] & ml.NeuronSet.of(planting.truth["image"], model)
+    """
+    from miner_lens.organisms.planting import plant
+
+    return plant(path("shapes"), case, seed, samples)

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from miner_lens.experiments.figures import COLOURS
+from miner_lens.experiments.figures import panels as _figure
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
     from miner_lens.neurons.neuron_set import NeuronSet
-
-COLOURS = {
-    "image": "#0072b2",
-    "text": "#d55e00",
-    "special": "#009e73",
-    "special_text": "#d55e00",
-    "video": "#56b4e9",
-    "audio": "#cc79a7",
-    "prompt": "#000000",
-    "all": "#e69f00",
-    "random": "#999999",
-    "layer-matched": "#555555",
-}
 
 
 def by_ratio(table: pd.DataFrame, measure: str) -> Figure:
@@ -92,13 +82,3 @@ def _draw_layers(panel: Any, site: str, neurons: Mapping[str, NeuronSet]) -> Non
     panel.set(xlabel=f"layer of the {site}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(axis="y", alpha=0.3)
-
-
-def _figure(panels: int) -> tuple[Figure, list[Any]]:
-    # Not through pyplot, which would pick a window system and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 4 * panels, 3.6), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])

@@ -22,6 +22,8 @@ Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
 METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
+# MINER's five, and what is scored only where it is asked for.
+ALL_METRICS = (*METRICS, "attended")
 
 # Elements of an attention pattern that may be held between two passes over it: 64 MB and 512 MB.
 _KEPT_ON_CPU, _KEPT_ON_ACCELERATOR = 2**24, 2**27
@@ -277,20 +279,110 @@ def fused_attention_sums(
 
 
 @_exact
+def received_attention(
+    q: Float[Tensor, "batch head pos d_head"],
+    k: Float[Tensor, "batch kv_head pos d_head"],
+    causal: bool = True,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    segments: Segments | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "batch pos"]:
+    """The attention that each position receives: the sums of the head-mean pattern's columns.
+
+    They are sums over all real queries, of whatever modality, in fp32. The pattern is computed in
+    chunks of rows and not kept. Padding receives none.
+
+    Args:
+        q: Queries after rotary embedding.
+        k: Keys after rotary embedding; with grouped-query attention they have fewer heads.
+        causal: Whether a query sees only the keys up to its own position, as in a decoder.
+        mask: True at real tokens.
+        segments: Which positions attend to each other; default all.
+        scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
+
+    Raises:
+        ValueError: As `head_mean_attention`.
+
+    Example:
+        >>> q = k = torch.zeros(1, 2, 3, 4)
+        >>> received_attention(q, k)
+        tensor([[1.8333, 0.8333, 0.3333]])
+    """
+    pattern = _Pattern(q, k, causal, mask, segments, scale)
+    real = q.new_ones(pattern.batch, pattern.pos, dtype=torch.float32)
+    if mask is not None:
+        real = mask.float()
+    received = torch.zeros_like(real)
+    for start, stop in pattern.chunks():
+        received += (real[:, None, start:stop] @ pattern.rows(start, stop))[:, 0]
+    return received * real
+
+
+@_exact
+def largest_attention(
+    q: Float[Tensor, "batch head pos d_head"],
+    k: Float[Tensor, "batch kv_head pos d_head"],
+    masks: Bool[Tensor, "batch modality pos"],
+    causal: bool = False,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    segments: Segments | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "batch modality"]:
+    """The largest head-mean attention of a modality's token to one of the same modality.
+
+    0 where the modality has no token. Arguments and errors are those of `fused_attention_sums`.
+
+    Example:
+        >>> q = k = torch.zeros(1, 2, 4, 4)
+        >>> largest_attention(q, k, torch.ones(1, 1, 4, dtype=torch.bool))
+        tensor([[0.2500]])
+    """
+    pattern = _Pattern(q, k, causal, mask, segments, scale)
+    largest = q.new_zeros(masks.shape[:2], dtype=torch.float32)
+    for start, stop in pattern.chunks():
+        rows = pattern.rows(start, stop)
+        for modality, own in enumerate(masks.unbind(1)):
+            here = torch.where(own[:, None], rows, 0.0).amax(-1)
+            here = torch.where(own[:, start:stop], here, 0.0).amax(-1)
+            largest[:, modality] = torch.maximum(largest[:, modality], here)
+    return largest
+
+
+@_exact
+def attended_weights(
+    received: Float[Tensor, "batch pos"], masks: Bool[Tensor, "batch modality pos"]
+) -> Float[Tensor, "batch 1 modality pos"]:
+    """Weight that each position has in `attended`: its share of what its modality receives.
+
+    Example:
+        >>> masks = torch.tensor([[[True, True, False]]])
+        >>> attended_weights(torch.tensor([[3.0, 1.0, 4.0]]), masks)
+        tensor([[[[0.7500, 0.2500, 0.0000]]]])
+    """
+    inside = masks.float() * received.detach().float()[:, None]
+    least = torch.finfo(torch.float32).tiny
+    return (inside / inside.sum(-1, keepdim=True).clamp(min=least))[:, None]
+
+
+@_exact
 def statistics(
     x: Float[Tensor, "batch pos neuron"],
     sums: Float[Tensor, "batch direction modality pos"],
     masks: Bool[Tensor, "batch modality pos"],
     parts: Sequence[tuple[int, ...]] | None = None,
 ) -> Float[Tensor, "batch metric modality neuron"]:
-    """The five metrics before normalisation, in the order of `METRICS`, in one pass over `x`.
+    """Metrics before normalisation in one pass over `x`: prob, mean, max, and `sums . x` for each.
+
+    With what `attention_sums` returns they are MINER's five, in the order of `METRICS`; without any
+    direction prob, mean and max alone.
 
     Modalities may overlap. One that has no token scores 0. NaN or inf in `x` shows as NaN or
     inf in the mean, max and attention metrics; a NaN counts as not positive in prob.
 
     Args:
         x: Output of the MLP's activation function, any float type.
-        sums: What `attention_sums` or `fused_attention_sums` returns.
+        sums: What `attention_sums`, `fused_attention_sums` or `attended_weights` returns, or
+            several of them along the axis direction, or none.
         masks: Which positions belong to which modality.
         parts: For each modality, those that it is made of without overlap, or itself alone:
             prob, mean and max of `special_text` follow from those of `text` and `special`.
@@ -326,8 +418,8 @@ def statistics(
         counts.baddbmm_(inside[:, :, start:stop], positive)
         products.baddbmm_(weights[:, :, start:stop], chunk.float())
         peaks = torch.maximum(peaks, maxima(chunk, base[:, :, start:stop], x.is_cpu))
-    sections = [len(places), modalities, modalities]
-    total, attn_k, attn_q = torch.split(products, sections, 1)
+    sections = [len(places), *[modalities] * sums.shape[1]]
+    total, *weighted = torch.split(products, sections, 1)
 
     def whole(values: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         joined = [reduce(join, [values[:, places[part]] for part in own]) for own in parts]
@@ -337,7 +429,7 @@ def statistics(
     tokens = sizes[:, 0].clamp(min=1)
     prob, mean = (whole(values, torch.add) / tokens for values in (counts, total))
     highest = whole(peaks, torch.maximum).float()
-    raw = torch.stack([prob, mean, highest, attn_k, attn_q], 1)
+    raw = torch.stack([prob, mean, highest, *weighted], 1)
     return torch.where(sizes > 0, raw, 0.0)
 
 

@@ -155,9 +155,11 @@ class ImportanceScores(Result):
         model = "" if self.identity is None else f" of {self.identity.name}"
         name = max(len("modality"), *map(len, self.modalities), 0)
         head = f"{'modality':<{name}}  {'samples':>7}" + "".join(f"  {m:>6}" for m in self.metrics)
+        widths = [max(6, len(metric)) for metric in self.metrics]
         means = self.values.mean((2, 3)).T.tolist()
         rows = [
-            f"{modality:<{name}}  {count:>7}" + "".join(f"  {mean:6.4f}" for mean in row)
+            f"{modality:<{name}}  {count:>7}"
+            + "".join(f"  {mean:{width}.4f}" for mean, width in zip(row, widths, strict=True))
             for modality, count, row in zip(self.modalities, self.occurrences, means, strict=True)
         ]
         skipped = f", {self.skipped} skipped" if self.skipped else ""
@@ -281,10 +283,12 @@ class ImportanceScores(Result):
 
         Args:
             ratio: Share of the model's neurons to select, over all modalities.
-            strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform" or "random"; see
-                `miner_lens.scoring.select`. "random" gives a single set, named random.
+            strategy: "adaptive", "LA_MU" (default), "LU_MA", "uniform", "random", "contrastive",
+                "lape", or one that an installed package names; see `miner_lens.scoring.select`.
+                "random" gives a single set, named random. All but MINER's five are given each
+                modality's mean over the samples in which it occurs (of a single data set).
             weights: Weight of each metric, in order or as a mapping; default 0, 0.25, 0.25,
-                0.5, 0, or of scores by other metrics than MINER's five the first one alone.
+                0.5, 0 of MINER's five, and else as `miner_lens.scoring.select.default_weights`.
             split: Which modalities to tell apart: "special_text_separate" (the default where
                 there are scores of text), "special_text_as_one" or "prompt"; of these, the ones
                 that occur in the data.
@@ -311,9 +315,13 @@ class ImportanceScores(Result):
             )
         chosen = [self.modalities.index(name) for name in names]
         if weights is None:
-            published = self.metrics == METRICS
-            weights = select.DEFAULT_WEIGHTS if published else {self.metrics[0]: 1.0}
+            weights = select.default_weights(self.metrics)
         combined = select.combine(self.values[:, chosen], weights, self.metrics, names)
+        if strategy not in select.PUBLISHED and self.data_sets == 1:
+            # Absent counts as 0, so a modality of half the samples has half the score: no measure
+            # to hold modalities against each other by.
+            shares = [self.occurrences[place] / self.samples for place in chosen]
+            combined = combined / combined.new_tensor(shares)[:, None, None]
         masks = select.select(combined, ratio, strategy, seed)
         means = self._overall_means()
         keys = ["random"] if strategy == "random" else names

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
 
 import torch
 from einops import einsum
@@ -17,12 +18,36 @@ from torch import Tensor
 from miner_lens.neurons.draw import random
 from miner_lens.scoring.kernels import METRICS
 
+# Where packages name strategies of their own: functions as those below.
+ENTRY_POINTS = "miner_lens.strategies"
+
+# MINER's own.
+PUBLISHED = ("adaptive", "LA_MU", "LU_MA", "uniform", "random")
 DEFAULT_WEIGHTS = (0.0, 0.25, 0.25, 0.5, 0.0)
 SPLITS = {
     "special_text_separate": ("text", "special", "image", "video", "audio"),
     "special_text_as_one": ("special_text", "image", "video", "audio"),
     "prompt": ("prompt",),
 }
+
+
+def default_weights(metrics: Sequence[str]) -> dict[str, float]:
+    """What the metrics weigh in a selection where nothing else is said.
+
+    MINER's weights (0.25 mean, 0.25 max, 0.5 attn_k). Where attn_k was not scored its half goes to
+    `attended`, or else to the mean, from which it hardly differs (docs/method.md). Of other
+    metrics, such as `attribution`, the first alone counts.
+
+    Example:
+        >>> default_weights(("prob", "mean", "max"))
+        {'mean': 0.75, 'max': 0.25}
+    """
+    weights = dict(zip(METRICS, DEFAULT_WEIGHTS, strict=True))
+    if "attn_k" not in metrics:
+        heir = "attended" if "attended" in metrics else "mean"
+        weights[heir] = weights.get(heir, 0.0) + weights.pop("attn_k")
+    known = {metric: weights[metric] for metric in metrics if weights.get(metric)}
+    return known or {metrics[0]: 1.0}
 
 
 def combine(
@@ -110,13 +135,77 @@ def uniform(
     return torch.stack([lu_ma(modality[None], each * scores.shape[1])[0] for modality in scores])
 
 
+def contrastive(
+    scores: Float[Tensor, "modality layer neuron"], k: int
+) -> Bool[Tensor, "modality layer neuron"]:
+    """The top `k // modalities` of each modality by its score minus the best other modality's.
+
+    What scores high in all modalities, as a neuron does that is merely strong, comes last. With a
+    single modality it is `la_mu`.
+    """
+    if len(scores) == 1:
+        return la_mu(scores, k)
+    first, second = scores.topk(2, dim=0).values
+    modality = torch.arange(len(scores), device=scores.device)[:, None, None]
+    return la_mu(scores - torch.where(scores.argmax(0) == modality, second, first), k)
+
+
+def lape(
+    scores: Float[Tensor, "modality layer neuron"], k: int
+) -> Bool[Tensor, "modality layer neuron"]:
+    """The `k` neurons whose score is spread over the fewest modalities, by its entropy.
+
+    LAPE (Tang et al. 2024, arXiv 2402.16438), there of activation probabilities
+    by language. A score is high if it is among the top 5 % of all (modality, layer, neuron), those
+    that equal the last of them included: unlike in the published code, so that some are high where
+    more have the highest score of all. Only neurons with a high score in some modality are taken,
+    and each belongs to all modalities in which it has one; so there may be fewer than `k`, and
+    modalities get what falls to them. Negative scores count as 0.
+    """
+    scores = scores.clamp(min=0)
+    bar = scores.flatten().kthvalue(max(1, round(0.95 * scores.numel()))).values
+    high = (scores >= bar) & (scores > 0)
+    shares = scores / scores.sum(0).clamp(min=torch.finfo(scores.dtype).tiny)
+    entropy = torch.special.entr(shares).sum(0)
+    return high & _top(-entropy.masked_fill(~high.any(0), torch.inf), k)
+
+
 STRATEGIES: dict[str, Callable[..., Tensor]] = {
     "adaptive": adaptive,
     "LA_MU": la_mu,
     "LU_MA": lu_ma,
     "uniform": uniform,
     "random": random,
+    "contrastive": contrastive,
+    "lape": lape,
 }
+
+
+def find(strategy: str) -> Callable[..., Tensor]:
+    """A strategy by its name: one of `STRATEGIES`, or one that an installed package names.
+
+    Such a package has, in the entry-point group `miner_lens.strategies`, functions of scores
+    [modality layer neuron] and K that return which neurons belong to which modality, a boolean
+    tensor of the same shape.
+
+    Raises:
+        ValueError: There is no strategy of that name.
+
+    Example:
+        >>> find("LA_MU") is la_mu
+        True
+    """
+    if strategy in STRATEGIES:
+        return STRATEGIES[strategy]
+    installed = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if strategy not in installed:
+        known = _list(dict.fromkeys([*STRATEGIES, *installed]))
+        raise ValueError(
+            f"There is no strategy {strategy!r}; there are {known}. To add one, name a function in "
+            f"the entry-point group {ENTRY_POINTS!r}."
+        )
+    loaded: Callable[..., Tensor] = installed[strategy].load()
+    return loaded
 
 
 def budget(ratio: float, strategy: str, modalities: int, layers: int, neurons: int) -> int:
@@ -131,20 +220,18 @@ def budget(ratio: float, strategy: str, modalities: int, layers: int, neurons: i
         10608
     """
     cells = {
-        "adaptive": (1, ""),
         "LA_MU": (modalities, f" for each of {modalities} modalities"),
         "LU_MA": (layers, f" for each of {layers} layers"),
         "uniform": (modalities * layers, f" for each of {modalities} modalities x {layers} layers"),
-        "random": (1, ""),
+        "contrastive": (modalities, f" for each of {modalities} modalities"),
     }
-    if strategy not in cells:
-        raise ValueError(f"There is no strategy {strategy!r}; there are {_list(STRATEGIES)}.")
+    find(strategy)
     if not 0 < ratio <= 1:
         raise ValueError(
             f"ratio must lie in (0, 1], as the share of the model's neurons; got {ratio}."
         )
     k = int(ratio * layers * neurons)
-    least, each = cells[strategy]
+    least, each = cells.get(strategy, (1, ""))
     if k < least:
         smallest = math.ceil(least / (layers * neurons) * 1e6) / 1e6
         while int(smallest * layers * neurons) < least:
@@ -164,11 +251,11 @@ def select(
     Args:
         scores: What `combine` returns, for the modalities to select among.
         ratio: Share of the model's neurons to select.
-        strategy: One of `STRATEGIES`.
+        strategy: One of `STRATEGIES`, or one that an installed package names; see `find`.
         seed: Seed of `random`.
 
     Raises:
-        ValueError: As `budget`.
+        ValueError: As `budget`, or a package's strategy returns something else than masks.
 
     Example:
         >>> scores = torch.tensor([[[0.9, 0.1, 0.2, 0.3]], [[0.1, 0.8, 0.2, 0.3]]])
@@ -179,7 +266,13 @@ def select(
     k = budget(ratio, strategy, modalities, layers, neurons)
     if strategy == "random":
         return random(layers, neurons, k, seed)[None]
-    return STRATEGIES[strategy](scores, k)
+    chosen = find(strategy)(scores, k)
+    if chosen.shape != scores.shape or chosen.dtype != torch.bool:
+        raise ValueError(
+            f"The strategy {strategy!r} returned {chosen.dtype} of shape {list(chosen.shape)}; "
+            f"expected booleans [modality layer neuron] = {list(scores.shape)}, as its scores."
+        )
+    return chosen
 
 
 def _top(scores: Float[Tensor, " *cell"], k: int) -> Bool[Tensor, " *cell"]:

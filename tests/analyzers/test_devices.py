@@ -142,7 +142,8 @@ def test_no_layer_waits_for_a_device(
     site, _, causal = site.partition(" ")
     model, batch = case(site)
     attention: Any = "causal" if causal else "bidirectional"
-    analyzers = (ImportanceAnalyzer(attention, site=site), Spread(site))
+    metrics = kernels.ALL_METRICS
+    analyzers = (ImportanceAnalyzer(attention, site=site, metrics=metrics), Spread(site))
     for analyzer in analyzers:
         analyzer.begin(model)
         analyzer.open(batch, model.original_model)

@@ -43,6 +43,13 @@ def twin(x: Tensor, attention: Tensor, masks: Tensor) -> Tensor:
     return scores
 
 
+def normalised(row: Tensor) -> Tensor:
+    """Min-max over neurons by the definition, 0 where all are equal."""
+    if row.max() == row.min():
+        return torch.zeros_like(row)
+    return (row - row.min()) / (row.max() - row.min())
+
+
 @pytest.mark.parametrize("name", ["image", "video", "text", "audio"])
 def test_reference(name: str) -> None:
     data = load(f"scores_{name}.npz")
@@ -176,6 +183,68 @@ def test_segments_attend_only_to_themselves(
 
 
 @few
+@given(shapes, st.booleans(), st.booleans(), st.integers(1, 9), st.data())
+def test_received_attention_is_the_sum_of_columns(
+    shape: tuple[int, ...], causal: bool, padded: bool, rows: int, data: st.DataObject
+) -> None:
+    x, q, k, masks = layer(*shape, heads=4)
+    pos = q.shape[2]
+    real = masks.any(1) if padded else torch.ones(1, pos, dtype=torch.bool)
+    steps = data.draw(st.lists(st.integers(0, 1), min_size=pos, max_size=pos))
+    stretch = torch.tensor(steps).cumsum(0)
+    expected = torch.zeros(pos, dtype=torch.float64)
+    for query in range(pos):
+        if not real[0, query]:
+            continue
+        seen = real[0] & (stretch == stretch[query])
+        if causal:
+            seen = seen & (torch.arange(pos) <= query)
+        for head in range(4):
+            scores = k[0, head // 2 * 2, seen].double() @ q[0, head, query].double() / 8**0.5
+            expected[seen] += scores.softmax(0) / 4
+    segments = kernels.Segments.of(stretch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
+        )
+        mask = real if padded else None
+        received = kernels.received_attention(q, k[:, ::2], causal, mask, segments)
+        weights = kernels.attended_weights(received, masks)
+        raw = kernels.statistics(x, weights, masks)
+    torch.testing.assert_close(received[0].double(), expected, atol=1e-5, rtol=1e-5)
+    for m, mask in enumerate(masks[0]):
+        own = mask & real[0]
+        attended = torch.zeros(x.shape[2], dtype=torch.float64)
+        if own.any():
+            attended = expected[own] @ x[0, own].double() / expected[own].sum()
+        torch.testing.assert_close(raw[0, 3, m].double(), attended, atol=1e-5, rtol=1e-5)
+
+
+@few
+@given(shapes, st.booleans(), st.integers(1, 9))
+def test_largest_attention(shape: tuple[int, ...], causal: bool, rows: int) -> None:
+    _, q, k, masks = layer(*shape)
+    pattern = kernels.head_mean_attention(q, k, causal)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kernels, "_chunks", lambda n, *_: [(a, min(a + rows, n)) for a in range(0, n, rows)]
+        )
+        found = kernels.largest_attention(q, k, masks, causal)[0]
+    for m, mask in enumerate(masks[0]):
+        own = pattern[mask][:, mask]
+        torch.testing.assert_close(found[m], own.max() if own.numel() else torch.tensor(0.0))
+
+
+@few
+@given(shapes)
+def test_statistics_without_weights_are_the_first_three(shape: tuple[int, ...]) -> None:
+    x, q, k, masks = layer(*shape)
+    raw = kernels.statistics(x, kernels.fused_attention_sums(q, k, masks), masks)
+    none = torch.zeros(1, 0, *masks.shape[1:])
+    torch.testing.assert_close(kernels.statistics(x, none, masks), raw[:, :3])
+
+
+@few
 @given(shapes, st.integers(1, 9))
 def test_modalities_follow_from_their_parts(shape: tuple[int, ...], rows: int) -> None:
     x, q, k, masks = layer(*shape)
@@ -286,7 +355,9 @@ def test_kernels_compute_in_fp32_under_autocast() -> None:
         sums = kernels.fused_attention_sums(q, k, masks=masks)
         attention = kernels.head_mean_attention(q, k)
         raw = kernels.statistics(x, sums, masks)
-        return [sums, attention, kernels.attention_sums(attention, masks), raw]
+        received = kernels.received_attention(q, k)
+        weights = kernels.attended_weights(received, masks)
+        return [sums, attention, kernels.attention_sums(attention, masks), raw, received, weights]
 
     expected = computed()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
@@ -51,6 +53,96 @@ def test_sizes(scores: torch.Tensor, ratio: float) -> None:
     assert (chosen["uniform"].sum(2) == k // (modalities * layers)).all()
     assert chosen["random"].shape == (1, layers, neurons)
     assert chosen["random"].sum() == k
+
+
+@few
+@given(scores_, st.floats(0.2, 1.0))
+def test_contrastive_is_its_definition(scores: torch.Tensor, ratio: float) -> None:
+    modalities, layers, neurons = scores.shape
+    margins = scores.clone()
+    for one in range(modalities):
+        for other in range(modalities):
+            if other != one:
+                margins[one] = torch.minimum(margins[one], scores[one] - scores[other])
+    chosen = select.select(scores, ratio, "contrastive")
+    each = int(ratio * layers * neurons) // modalities
+    assert chosen.sum((1, 2)).tolist() == [each] * modalities
+    if modalities == 1:
+        assert torch.equal(chosen, select.select(scores, ratio, "LA_MU"))
+        return
+    for mask, margin in zip(chosen, margins, strict=True):
+        assert margin[mask].min() >= margin[~mask].max() if not mask.all() else True
+
+
+def test_contrastive_passes_over_what_is_merely_strong() -> None:
+    scores = torch.tensor([[[0.99, 0.60, 0.10, 0.00]], [[0.98, 0.10, 0.50, 0.00]]])
+    assert select.select(scores, 0.5, "LA_MU")[:, 0, 0].all()
+    assert select.select(scores, 0.5, "contrastive").nonzero().tolist() == [[0, 0, 1], [1, 0, 2]]
+
+
+@few
+@given(scores_, st.floats(0.05, 0.6), st.booleans())
+def test_lape_is_its_definition(scores: torch.Tensor, ratio: float, signed: bool) -> None:
+    scores = scores - 0.5 if signed else scores
+    modalities, layers, neurons = scores.shape
+    k = int(ratio * layers * neurons)
+    positive = scores.clamp(min=0).double()
+    bar = positive.flatten().sort().values[max(1, round(0.95 * positive.numel())) - 1]
+    ranked = []
+    for layer in range(layers):
+        for neuron in range(neurons):
+            column = positive[:, layer, neuron]
+            if ((column >= bar) & (column > 0)).any():
+                shares = [float(v / column.sum()) for v in column if v > 0]
+                ranked.append((-sum(p * math.log(p) for p in shares), layer, neuron))
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    for _, layer, neuron in sorted(ranked)[:k]:
+        column = positive[:, layer, neuron]
+        expected[:, layer, neuron] = (column >= bar) & (column > 0)
+    chosen = select.select(scores, ratio, "lape")
+    if modalities > 1:  # of one modality all entropies are 0, up to rounding
+        assert torch.equal(chosen, expected)
+    assert chosen.any(0).sum() <= k
+
+
+@pytest.mark.parametrize("strategy", ["contrastive", "lape"])
+def test_modalities_are_compared_where_they_occur(strategy: str) -> None:
+    values = torch.rand(5, 2, 3, 50)
+    often = ImportanceScores(values, ("text", "image"), samples=8)
+    diluted = values * torch.tensor([1.0, 0.25])[:, None, None]  # absent from 6 samples of 8
+    rarely = ImportanceScores(diluted, ("text", "image"), samples=8, occurrences=(8, 2))
+    assert rarely.select(0.2, strategy) == often.select(0.2, strategy)
+    assert rarely.select(0.2, "adaptive") != often.select(0.2, "adaptive")  # as published
+    both = ImportanceScores.mean([often, often])  # which know no shares
+    assert both.occurrences == (16, 16)
+    assert both.select(0.2, strategy) == often.select(0.2, strategy)
+
+
+def two_best(scores: torch.Tensor, k: int) -> torch.Tensor:
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[:, 0, :2] = True
+    return chosen
+
+
+def no_masks(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return scores
+
+
+def test_strategies_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        EntryPoint("two_best", f"{__name__}:two_best", select.ENTRY_POINTS),
+        EntryPoint("wrong", f"{__name__}:no_masks", select.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(select, "entry_points", lambda group: entries)
+    scores = ImportanceScores(torch.rand(5, 2, 3, 50), ["text", "image"])
+    chosen = scores.select(0.1, "two_best")
+    assert list(chosen["image"]) == [(0, 0), (0, 1)]
+    with pytest.raises(ValueError, match=r"'wrong' returned torch\.float32 of shape \[2, 3, 50\]"):
+        scores.select(0.1, "wrong")
+    with pytest.raises(
+        ValueError, match=r"no strategy 'best'; there are .*, lape, two_best, wrong"
+    ):
+        scores.select(0.1, "best")
 
 
 @few
@@ -128,6 +220,8 @@ def test_ratio_out_of_range(ratio: float, strategy: str) -> None:
         ("LU_MA", 3, "one for each of 3 layers"),
         ("uniform", 6, "one for each of 2 modalities x 3 layers"),
         ("random", 1, "one"),
+        ("contrastive", 2, "one for each of 2 modalities"),
+        ("lape", 1, "one"),
     ],
 )
 def test_ratio_too_small(strategy: str, least: int, each: str) -> None:

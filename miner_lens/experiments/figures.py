@@ -1,0 +1,41 @@
+"""What figures share: colours by modality, and panels side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "image": "#0072b2",
+    "text": "#d55e00",
+    "special": "#009e73",
+    "special_text": "#d55e00",
+    "video": "#56b4e9",
+    "audio": "#cc79a7",
+    "prompt": "#000000",
+    "all": "#e69f00",
+    "random": "#999999",
+    "layer-matched": "#555555",
+}
+
+
+def panels(count: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
+    """A figure of so many panels, in one row or in rows of `columns`, which share the y axis.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    # Not through pyplot, which would pick a window system and keep every figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = columns or count
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.5 + 4 * columns, 3.6 * rows), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, axes[:count]
