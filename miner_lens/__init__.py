@@ -22,9 +22,22 @@ from miner_lens import registration
 
 if TYPE_CHECKING:
     from miner_lens import organisms
-    from miner_lens.analyzers import AttributionAnalyzer, ImportanceAnalyzer, attribute, mine
+    from miner_lens.analyzers import (
+        AttributionAnalyzer,
+        DomainAnalyzer,
+        ImportanceAnalyzer,
+        attribute,
+        mine,
+    )
     from miner_lens.data import Sample, SampleError, datasets
-    from miner_lens.experiments import Condition, Trials, accuracy, answers
+    from miner_lens.experiments import (
+        Condition,
+        DomainMatrix,
+        Trials,
+        accuracy,
+        answers,
+        domain_matrix,
+    )
     from miner_lens.experiments.trials import trials
     from miner_lens.models import (
         ModalityLayout,
@@ -40,11 +53,19 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
-    from miner_lens.neurons import NeuronSet, ablate, ablation_hooks, bake
+    from miner_lens.neurons import (
+        NeuronSet,
+        ablate,
+        ablation_hooks,
+        bake,
+        distribution,
+        overlap,
+        scale,
+    )
     from miner_lens.report import plots
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
-    from miner_lens.scoring import ImportanceScores, kernels
+    from miner_lens.scoring import DomainCounts, ImportanceScores, kernels
 
 __version__ = "0.1.0"
 
@@ -53,6 +74,9 @@ _HOMES = {
     "AttributionAnalyzer": "analyzers",
     "Batch": "running",
     "Condition": "experiments",
+    "DomainAnalyzer": "analyzers",
+    "DomainCounts": "scoring",
+    "DomainMatrix": "experiments",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
     "ModalityLayout": "models",
@@ -71,13 +95,17 @@ _HOMES = {
     "attribute": "analyzers",
     "bake": "neurons",
     "check_family": "models",
+    "distribution": "neurons",
+    "domain_matrix": "experiments",
     "generate": "models",
     "inputs": "models",
     "load": "models",
     "mine": "analyzers",
+    "overlap": "neurons",
     "pattern_points": "models",
     "residual_points": "models",
     "run": "running",
+    "scale": "neurons",
     "trials": "experiments",
     "unwrap": "models",
     "wrap": "models",
@@ -94,6 +122,9 @@ __all__ = [
     "AttributionAnalyzer",
     "Batch",
     "Condition",
+    "DomainAnalyzer",
+    "DomainCounts",
+    "DomainMatrix",
     "ImportanceAnalyzer",
     "ImportanceScores",
     "ModalityLayout",
@@ -113,16 +144,20 @@ __all__ = [
     "bake",
     "check_family",
     "datasets",
+    "distribution",
+    "domain_matrix",
     "generate",
     "inputs",
     "kernels",
     "load",
     "mine",
     "organisms",
+    "overlap",
     "pattern_points",
     "plots",
     "residual_points",
     "run",
+    "scale",
     "trials",
     "unwrap",
     "wrap",

@@ -167,6 +167,59 @@ def ablate(
     typer.echo(f"ablated: {ablated}")
 
 
+@app.command()
+def domains(
+    model: Model,
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Data sets, each a domain, such as easy-vqa, digits or easy-vqa:text."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for counts, neurons and the matrix.")],
+    site: Annotated[list[str], typer.Option(help="llm, vision, audio, projector.")] = ["llm"],  # noqa: B006
+    top_rate: Annotated[float, typer.Option(help="Share of a site's neurons to take.")] = 0.01,
+    limit: Annotated[int, typer.Option(help="So many samples of each domain.")] = 100,
+    tried: Annotated[int, typer.Option(help="Samples of each domain to try them on, or 0.")] = 0,
+    by: Annotated[float, typer.Option(help="Multiply the neurons by this; 0 is off.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Find domain-specific neurons (MMNeuron), and try each domain without each domain's."""
+    import miner_lens as ml
+    from miner_lens.data.labelled import labelled
+
+    with _clear_errors():
+        found = {name: _data_set(name, limit + tried) for name in data}
+        first = {name: some[:limit] for name, some in found.items()}
+        last = {name: some[limit:] for name, some in found.items()}
+        # A data set with labels of its own, such as text-domains, is several domains.
+        labels = {one.label for some in found.values() for one in some}
+        own = len(found) == 1 and len(labels - {None}) > 1
+        counted, kept = (
+            next(iter(some.values())) if own else labelled(some) for some in (first, last)
+        )
+        bridge = _load(model)
+        counts = ml.run(bridge, counted, *map(ml.DomainAnalyzer, site), batch_size=batch_size)
+        selections = []
+        for one in counts if isinstance(counts, tuple) else (counts,):
+            one.save(out / f"counts-{one.site}.safetensors")
+            selections.append(one.select(top_rate))
+            for domain, neurons in selections[-1].items():
+                neurons.save(out / f"neurons-{one.site}-{domain}.safetensors")
+                typer.echo(f"{domain}: {neurons!r}")
+        if tried:
+            matrix = ml.domain_matrix(bridge, kept, *selections, by=by)
+            matrix.save(out / "matrix.safetensors")
+            matrix.to_frame().to_csv(out / "matrix.csv", index=False)
+            typer.echo(repr(matrix))
+
+
+def _data_set(name: str, limit: int | None) -> Any:
+    """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
+    import miner_lens as ml
+
+    name, _, ask = name.partition(":")
+    return ml.datasets.load(name, limit=limit, ask=ask or None)
+
+
 def _value(text: str) -> Any:
     try:
         return float(text)

@@ -20,7 +20,7 @@ def call(*arguments: Any, code: int = 0) -> str:
 
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
-    assert all(name in shown for name in ("demo", "info", "mine", "select", "ablate"))
+    assert all(name in shown for name in ("demo", "info", "mine", "select", "ablate", "domains"))
 
 
 def test_info() -> None:
@@ -60,6 +60,23 @@ def test_mine_select_ablate(tmp_path: Path) -> None:
     assert "ablated:" in shown
     by_value = call("ablate", "shapes", files[0], "--question", question, "--value", "0.5")
     assert "intact:" in by_value
+
+
+def test_domains(tmp_path: Path) -> None:
+    arguments = ["domains", "shapes", "easy-vqa", "digits", "--limit", 6, "--top-rate", 0.05]
+    sites = ["--site", "llm", "--site", "vision"]
+    shown = call(*arguments, *sites, "--out", tmp_path, "--tried", 2)
+    assert "digits: NeuronSet" in shown
+    assert "digits in llm+vision" in shown
+    counts = ml.DomainCounts.load(tmp_path / "counts-vision.safetensors")
+    assert counts.domains == ("digits", "easy-vqa")
+    chosen = ml.NeuronSet.load(tmp_path / "neurons-vision-digits.safetensors")
+    assert chosen == counts.select(0.05)["digits"]
+    assert set(pd.read_csv(tmp_path / "matrix.csv")["on"]) == {"digits", "easy-vqa"}
+    shown = call("domains", "shapes", "text-domains", "--limit", 8, "--out", tmp_path / "text")
+    assert "arithmetic: NeuronSet" in shown
+    alone = call("domains", "shapes", "easy-vqa", "--limit", 2, "--out", tmp_path / "one", code=2)
+    assert "one domain among several" in alone
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

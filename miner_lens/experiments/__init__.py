@@ -1,6 +1,15 @@
 """What does it do? What a model still knows with neurons switched off."""
 
+from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.trials import Condition, Trials, trials
 
-__all__ = ["Condition", "Trials", "accuracy", "answers", "trials"]
+__all__ = [
+    "Condition",
+    "DomainMatrix",
+    "Trials",
+    "accuracy",
+    "answers",
+    "domain_matrix",
+    "trials",
+]
