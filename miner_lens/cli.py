@@ -212,6 +212,31 @@ def domains(
             typer.echo(repr(matrix))
 
 
+@app.command()
+def lens(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for what it shows.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Look through the logit lens: entropy, answer and agreement by layer and modality."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples = _data_set(data, limit)
+        seen = ml.run(_load(model), samples, ml.LogitLensAnalyzer(), batch_size=batch_size)
+        seen.save(out / "lens.safetensors")
+        curves = seen.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(seen))
+        for modality, found in seen.stages().items():
+            ends = [f"{layer} [{low}, {high}]" for layer, low, high in zip(*found, strict=True)]
+            typer.echo(f"{modality}: entropy changes course at {', '.join(ends) or 'no layer'}")
+
+
 def _data_set(name: str, limit: int | None) -> Any:
     """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
     import miner_lens as ml

@@ -20,7 +20,9 @@ def call(*arguments: Any, code: int = 0) -> str:
 
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
-    assert all(name in shown for name in ("demo", "info", "mine", "select", "ablate", "domains"))
+    assert all(
+        name in shown for name in ("demo", "info", "mine", "select", "ablate", "domains", "lens")
+    )
 
 
 def test_info() -> None:
@@ -77,6 +79,15 @@ def test_domains(tmp_path: Path) -> None:
     assert "arithmetic: NeuronSet" in shown
     alone = call("domains", "shapes", "easy-vqa", "--limit", 2, "--out", tmp_path / "one", code=2)
     assert "one domain among several" in alone
+
+
+def test_lens(tmp_path: Path) -> None:
+    shown = call("lens", "shapes", "easy-vqa:both", "--limit", 6, "--out", tmp_path)
+    assert "image: entropy changes course at" in shown
+    assert ml.LogitLens.load(tmp_path / "lens.safetensors").values.shape[:2] == (6, 6)
+    assert len(pd.read_csv(tmp_path / "curves.csv")) % 18 == 0
+    for measure in ("entropy", "answer", "agreement"):
+        assert (tmp_path / f"{measure}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
