@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from miner_lens import organisms
     from miner_lens.analyzers import (
         AttributionAnalyzer,
+        ContributionAnalyzer,
+        ConvergenceAnalyzer,
         DomainAnalyzer,
         ImportanceAnalyzer,
+        KindAnalyzer,
         LogitLens,
         LogitLensAnalyzer,
         attribute,
+        integrated_gradients,
         logit_lens,
         mine,
     )
@@ -68,7 +72,13 @@ if TYPE_CHECKING:
     from miner_lens.report import plots
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
-    from miner_lens.scoring import DomainCounts, ImportanceScores, kernels
+    from miner_lens.scoring import (
+        DomainCounts,
+        HiddenStates,
+        ImportanceScores,
+        NeuronKinds,
+        kernels,
+    )
 
 __version__ = "0.1.0"
 
@@ -77,15 +87,20 @@ _HOMES = {
     "AttributionAnalyzer": "analyzers",
     "Batch": "running",
     "Condition": "experiments",
+    "ContributionAnalyzer": "analyzers",
+    "ConvergenceAnalyzer": "analyzers",
     "DomainAnalyzer": "analyzers",
     "DomainCounts": "scoring",
     "DomainMatrix": "experiments",
+    "HiddenStates": "scoring",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
+    "KindAnalyzer": "analyzers",
     "LogitLens": "analyzers",
     "LogitLensAnalyzer": "analyzers",
     "ModalityLayout": "models",
     "ModelIdentity": "models",
+    "NeuronKinds": "scoring",
     "NeuronSet": "neurons",
     "Point": "models",
     "RankError": "running",
@@ -104,6 +119,7 @@ _HOMES = {
     "domain_matrix": "experiments",
     "generate": "models",
     "inputs": "models",
+    "integrated_gradients": "analyzers",
     "load": "models",
     "logit_lens": "analyzers",
     "mine": "analyzers",
@@ -128,15 +144,20 @@ __all__ = [
     "AttributionAnalyzer",
     "Batch",
     "Condition",
+    "ContributionAnalyzer",
+    "ConvergenceAnalyzer",
     "DomainAnalyzer",
     "DomainCounts",
     "DomainMatrix",
+    "HiddenStates",
     "ImportanceAnalyzer",
     "ImportanceScores",
+    "KindAnalyzer",
     "LogitLens",
     "LogitLensAnalyzer",
     "ModalityLayout",
     "ModelIdentity",
+    "NeuronKinds",
     "NeuronSet",
     "Point",
     "RankError",
@@ -156,6 +177,7 @@ __all__ = [
     "domain_matrix",
     "generate",
     "inputs",
+    "integrated_gradients",
     "kernels",
     "load",
     "logit_lens",

@@ -213,6 +213,90 @@ def domains(
 
 
 @app.command()
+def attribute(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Where to save the scores, for `select`.")],
+    by: Annotated[
+        str, typer.Option(help="gradient (first order), integrated, or contribution.")
+    ] = "gradient",
+    steps: Annotated[int, typer.Option(help="Points of integrated gradients at most.")] = 64,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Score every neuron by what it does for the answer, and save the scores."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        if by not in ("gradient", "integrated", "contribution"):
+            raise ValueError(f"--by is gradient, integrated or contribution, not {by!r}.")
+        samples, bridge = _data_set(data, limit), _load(model)
+        if by == "gradient":
+            scores = ml.attribute(bridge, samples, batch_size=batch_size)
+        elif by == "integrated":
+            scores = ml.integrated_gradients(bridge, samples, steps, batch_size=batch_size)
+        else:
+            scores = ml.run(bridge, samples, ml.ContributionAnalyzer(data), batch_size=batch_size)
+        scores.save(out)
+        typer.echo(repr(scores))
+        for modality, reached in scores.info.get("completeness", {}).items():
+            typer.echo(
+                f"{modality}: {reached['sum']:.4f} of {reached['difference']:.4f} nats "
+                f"(gap {reached['gap']:.2%})"
+            )
+
+
+@app.command()
+def kinds(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shares and the neurons.")],
+    medium: Annotated[str, typer.Option(help="image, video or audio.")] = "image",
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Sort neurons into those of a medium, of text and of both (Xu et al. 2025)."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples, analyzer = _data_set(data, limit), ml.KindAnalyzer(medium)
+        found = ml.run(_load(model), samples, analyzer, batch_size=batch_size)
+        found.save(out / "kinds.safetensors")
+        for kind, neurons in found.select().items():
+            neurons.save(out / f"neurons-{kind}.safetensors")
+        typer.echo(repr(found))
+
+
+@app.command()
+def convergence(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for states, curves and figures.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 100,
+    shuffles: Annotated[int, typer.Option(help="Of the null.")] = 20,
+    layer: Annotated[int | None, typer.Option(help="Of which to draw a t-SNE figure.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Measure whether modalities converge: CKA, distance, separability, dimension, by layer."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples, analyzer = _data_set(data, limit), ml.ConvergenceAnalyzer(samples=limit)
+        states = ml.run(_load(model), samples, analyzer, batch_size=batch_size)
+        states.save(out / "states.safetensors")
+        curves = states.curves(shuffles=shuffles)
+        curves.to_csv(out / "curves.csv", index=False)
+        curves["pair"] = (curves["modality"] + " " + curves["other"]).str.strip()
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure, by="pair").savefig(out / f"{measure}.png")
+        if layer is not None:
+            ml.plots.scatter(states.embed(layer)).savefig(out / f"layer-{layer}.png")
+        typer.echo(repr(states))
+        wide = curves.pivot_table("mean", ["measure", "pair"], "layer", sort=False)
+        typer.echo(wide.round(3).to_string())
+
+
+@app.command()
 def lens(
     model: Model,
     data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],

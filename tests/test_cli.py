@@ -90,6 +90,29 @@ def test_lens(tmp_path: Path) -> None:
         assert (tmp_path / f"{measure}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_attribute_and_kinds(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.safetensors"
+    arguments = ["attribute", "shapes", "easy-vqa", "--limit", 2, "--out", scores]
+    assert "attribution" in call(*arguments)
+    assert "contribution" in call(*arguments, "--by", "contribution")
+    call("select", scores, "--out", tmp_path / "neurons", "--ratio", 0.01)
+    assert "--by is gradient, integrated" in call(*arguments, "--by", "magic", code=2)
+    shown = call("kinds", "shapes", "easy-vqa", "--limit", 3, "--out", tmp_path / "kinds")
+    assert "multimodal" in shown
+    chosen = ml.NeuronKinds.load(tmp_path / "kinds" / "kinds.safetensors").select()["text"]
+    assert ml.NeuronSet.load(tmp_path / "kinds" / "neurons-text.safetensors") == chosen
+
+
+def test_convergence(tmp_path: Path) -> None:
+    arguments = ["convergence", "shapes", "easy-vqa", "--limit", 6, "--shuffles", 2, "--layer", 3]
+    shown = call(*arguments, "--out", tmp_path)
+    assert "separability" in shown
+    assert set(ml.HiddenStates.load(tmp_path / "states.safetensors").modalities) > {"image"}
+    assert len(pd.read_csv(tmp_path / "curves.csv")) == 6 * (3 * 3 + 3)
+    for name in ("cka", "dimension", "layer-3"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_errors_are_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "scores.safetensors"
     broken.write_bytes(b"?")

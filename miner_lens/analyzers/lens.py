@@ -116,7 +116,8 @@ class LogitLens(Result):
         tokens = self.tops[modality]
         layers = []
         for column in tokens.T:
-            found, counts = torch.unique(column, return_counts=True)
+            unique: Any = torch.unique
+            found, counts = unique(column, return_counts=True)
             order = counts.argsort(descending=True, stable=True)[:k].tolist()
             shares = (counts / len(column)).tolist()
             layers.append([(self.vocabulary[int(found[n])], shares[n]) for n in order])

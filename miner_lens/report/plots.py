@@ -71,6 +71,22 @@ def curves(table: pd.DataFrame, measure: str, by: str = "modality") -> Figure:
     return figure
 
 
+def scatter(table: pd.DataFrame) -> Figure:
+    """Tokens in two dimensions, coloured by modality.
+
+    Args:
+        table: Columns `modality`, `x` and `y`, such as `HiddenStates.embed` makes.
+    """
+    figure, (panel,) = _figure(1)
+    for name, rows in table.groupby("modality", sort=False):
+        panel.scatter(
+            rows["x"], rows["y"], s=8, alpha=0.6, color=COLOURS.get(str(name)), label=name
+        )
+    panel.set(xticks=[], yticks=[])
+    panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def _draw_condition(panel: Any, off: str, line: pd.DataFrame) -> None:
     if off == "nothing":
         panel.axhline(line["value"].iloc[0], color="black", linestyle=":", label=off)
