@@ -40,10 +40,12 @@ if TYPE_CHECKING:
     from miner_lens.experiments import (
         Condition,
         DomainMatrix,
+        InformationFlow,
         Trials,
         accuracy,
         answers,
         domain_matrix,
+        information_flow,
     )
     from miner_lens.experiments.trials import trials
     from miner_lens.models import (
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
         overlap,
         scale,
     )
+    from miner_lens.neurons.knockout import knockout
     from miner_lens.report import plots
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
@@ -95,6 +98,7 @@ _HOMES = {
     "HiddenStates": "scoring",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
+    "InformationFlow": "experiments",
     "KindAnalyzer": "analyzers",
     "LogitLens": "analyzers",
     "LogitLensAnalyzer": "analyzers",
@@ -118,8 +122,10 @@ _HOMES = {
     "distribution": "neurons",
     "domain_matrix": "experiments",
     "generate": "models",
+    "information_flow": "experiments",
     "inputs": "models",
     "integrated_gradients": "analyzers",
+    "knockout": "neurons",
     "load": "models",
     "logit_lens": "analyzers",
     "mine": "analyzers",
@@ -152,6 +158,7 @@ __all__ = [
     "HiddenStates",
     "ImportanceAnalyzer",
     "ImportanceScores",
+    "InformationFlow",
     "KindAnalyzer",
     "LogitLens",
     "LogitLensAnalyzer",
@@ -176,9 +183,11 @@ __all__ = [
     "distribution",
     "domain_matrix",
     "generate",
+    "information_flow",
     "inputs",
     "integrated_gradients",
     "kernels",
+    "knockout",
     "load",
     "logit_lens",
     "mine",

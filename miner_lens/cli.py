@@ -297,6 +297,30 @@ def convergence(
 
 
 @app.command()
+def flow(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trials, curves and figures.")],
+    modality: Annotated[list[str], typer.Option(help="Whose tokens are cut off.")] = ["image"],  # noqa: B006
+    window: Annotated[int, typer.Option(help="So many layers are cut together.")] = 3,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+) -> None:
+    """Cut attention from the last token to a modality, by windows of layers."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples = _data_set(data, limit)
+        found = ml.information_flow(_load(model), samples, modality, window, batch_size)
+        found.save(out / "flow.safetensors")
+        curves = found.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(found))
+
+
+@app.command()
 def lens(
     model: Model,
     data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],

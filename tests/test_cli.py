@@ -20,9 +20,8 @@ def call(*arguments: Any, code: int = 0) -> str:
 
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
-    assert all(
-        name in shown for name in ("demo", "info", "mine", "select", "ablate", "domains", "lens")
-    )
+    names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
+    assert all(name in shown for name in (*names, "convergence", "flow"))
 
 
 def test_info() -> None:
@@ -111,6 +110,14 @@ def test_convergence(tmp_path: Path) -> None:
     assert len(pd.read_csv(tmp_path / "curves.csv")) == 6 * (3 * 3 + 3)
     for name in ("cka", "dimension", "layer-3"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flow(tmp_path: Path) -> None:
+    shown = call("flow", "shapes", "easy-vqa", "--limit", 3, "--window", 5, "--out", tmp_path)
+    assert "image in layers 0 to 4" in shown
+    assert len(ml.InformationFlow.load(tmp_path / "flow.safetensors").cuts) == 2
+    assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == {0, 1}
+    assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

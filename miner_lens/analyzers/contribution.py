@@ -126,7 +126,8 @@ class ContributionAnalyzer(Analyzer[ImportanceScores]):
         """[sample neuron], how much each neuron's output direction favours the sample's answer."""
         wanted = batch.once(("answers", self.centred), lambda: self._answers(batch))
         weight = self._downs[layer].weight.detach()
-        return wanted.to(weight.device) @ weight.float()
+        favours: Tensor = wanted.to(weight.device) @ weight.float()
+        return favours
 
     def _answers(self, batch: Batch) -> Tensor:
         """[sample d_model], the unembedding of the first token of each sample's answer."""
@@ -137,7 +138,9 @@ class ContributionAnalyzer(Analyzer[ImportanceScores]):
             if not found:
                 raise ValueError(f"{name} has no answer, so nothing can contribute to it.")
             tokens.append(found[0])
-        rows = self._unembedding[torch.tensor(tokens, device=self._unembedding.device)].float()
+        rows: Tensor = self._unembedding[
+            torch.tensor(tokens, device=self._unembedding.device)
+        ].float()
         return rows if self._middle is None else rows - self._middle
 
 

@@ -226,7 +226,7 @@ def integrated_gradients(
         metrics=(METRIC,),
         occurrences=tuple(counts[modality] for modality in modalities),
         means=None if intact.means is None else intact.means[places],
-        info=intact.info | {"completeness": {m: one._asdict() for m, one in reached.items()}},
+        info={**intact.info, "completeness": {m: one._asdict() for m, one in reached.items()}},
     )
 
 

@@ -240,7 +240,7 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
         modalities = (*self.occurrences, LAST)
         tops = {name: self[f"tops/{name}"].cpu() for name in modalities}
         tops = {name: tokens for name, tokens in tops.items() if len(tokens)}
-        known = torch.cat([tokens.flatten() for tokens in tops.values()]).unique().tolist()
+        known = sorted({token for tokens in tops.values() for token in tokens.flatten().tolist()})
         words = self._tokenizer.batch_decode([[token] for token in known]) if known else []
         return LogitLens(
             self["values"].cpu(),

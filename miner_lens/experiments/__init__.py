@@ -2,14 +2,17 @@
 
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.evaluation import accuracy, answers
+from miner_lens.experiments.flow import InformationFlow, information_flow
 from miner_lens.experiments.trials import Condition, Trials, trials
 
 __all__ = [
     "Condition",
     "DomainMatrix",
+    "InformationFlow",
     "Trials",
     "accuracy",
     "answers",
     "domain_matrix",
+    "information_flow",
     "trials",
 ]

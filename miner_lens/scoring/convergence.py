@@ -60,9 +60,10 @@ def _unbiased(x: Float[Array, "sample d_model"]) -> Float[Array, "sample sample"
     kernel, n = x @ x.T, len(x)
     np.fill_diagonal(kernel, 0.0)
     rows = kernel.sum(0)
-    kernel = kernel - (rows[:, None] + rows[None]) / (n - 2) + kernel.sum() / ((n - 1) * (n - 2))
-    np.fill_diagonal(kernel, 0.0)
-    return kernel
+    both = rows[:, None] + rows[None]
+    centred: Array = kernel - both / (n - 2) + kernel.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(centred, 0.0)
+    return centred
 
 
 def centroid_distance(x: Float[Array, "row d_model"], y: Float[Array, "other d_model"]) -> float:
@@ -160,7 +161,7 @@ def jackknife(
         raise ImportError("Intervals need scipy: pip install miner-lens[demo]") from error
     every, count = np.arange(samples), min(groups, samples)
     left_out = [measure(every[every % count != group]) for group in range(count)]
-    error = np.sqrt((count - 1) * np.var(left_out))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(error)
+    deviation = float(np.sqrt((count - 1) * np.var(left_out)))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation
     value = measure(every)
     return Interval(value, value - half, value + half)
