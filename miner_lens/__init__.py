@@ -22,9 +22,31 @@ from miner_lens import registration
 
 if TYPE_CHECKING:
     from miner_lens import experiments, organisms
-    from miner_lens.analyzers import AttributionAnalyzer, ImportanceAnalyzer, attribute, mine
+    from miner_lens.analyzers import (
+        AttributionAnalyzer,
+        ContributionAnalyzer,
+        ConvergenceAnalyzer,
+        DomainAnalyzer,
+        ImportanceAnalyzer,
+        KindAnalyzer,
+        LogitLens,
+        LogitLensAnalyzer,
+        attribute,
+        integrated_gradients,
+        logit_lens,
+        mine,
+    )
     from miner_lens.data import Sample, SampleError, datasets
-    from miner_lens.experiments import Condition, Trials, accuracy, answers
+    from miner_lens.experiments import (
+        Condition,
+        DomainMatrix,
+        InformationFlow,
+        Trials,
+        accuracy,
+        answers,
+        domain_matrix,
+        information_flow,
+    )
     from miner_lens.experiments.trials import trials
     from miner_lens.models import (
         ModalityLayout,
@@ -40,11 +62,24 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
-    from miner_lens.neurons import NeuronSet, ablate, ablation_hooks, bake
+    from miner_lens.neurons import (
+        NeuronSet,
+        ablate,
+        ablation_hooks,
+        bake,
+        scale,
+    )
+    from miner_lens.neurons.knockout import knockout
     from miner_lens.report import plots
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
-    from miner_lens.scoring import ImportanceScores, kernels
+    from miner_lens.scoring import (
+        DomainCounts,
+        HiddenStates,
+        ImportanceScores,
+        NeuronKinds,
+        kernels,
+    )
 
 __version__ = "0.1.0"
 
@@ -53,10 +88,21 @@ _HOMES = {
     "AttributionAnalyzer": "analyzers",
     "Batch": "running",
     "Condition": "experiments",
+    "ContributionAnalyzer": "analyzers",
+    "ConvergenceAnalyzer": "analyzers",
+    "DomainAnalyzer": "analyzers",
+    "DomainCounts": "scoring",
+    "DomainMatrix": "experiments",
+    "HiddenStates": "scoring",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
+    "InformationFlow": "experiments",
+    "KindAnalyzer": "analyzers",
+    "LogitLens": "analyzers",
+    "LogitLensAnalyzer": "analyzers",
     "ModalityLayout": "models",
     "ModelIdentity": "models",
+    "NeuronKinds": "scoring",
     "NeuronSet": "neurons",
     "Point": "models",
     "RankError": "running",
@@ -71,13 +117,19 @@ _HOMES = {
     "attribute": "analyzers",
     "bake": "neurons",
     "check_family": "models",
+    "domain_matrix": "experiments",
     "generate": "models",
+    "information_flow": "experiments",
     "inputs": "models",
+    "integrated_gradients": "analyzers",
+    "knockout": "neurons",
     "load": "models",
+    "logit_lens": "analyzers",
     "mine": "analyzers",
     "pattern_points": "models",
     "residual_points": "models",
     "run": "running",
+    "scale": "neurons",
     "trials": "experiments",
     "unwrap": "models",
     "wrap": "models",
@@ -95,10 +147,21 @@ __all__ = [
     "AttributionAnalyzer",
     "Batch",
     "Condition",
+    "ContributionAnalyzer",
+    "ConvergenceAnalyzer",
+    "DomainAnalyzer",
+    "DomainCounts",
+    "DomainMatrix",
+    "HiddenStates",
     "ImportanceAnalyzer",
     "ImportanceScores",
+    "InformationFlow",
+    "KindAnalyzer",
+    "LogitLens",
+    "LogitLensAnalyzer",
     "ModalityLayout",
     "ModelIdentity",
+    "NeuronKinds",
     "NeuronSet",
     "Point",
     "RankError",
@@ -114,17 +177,23 @@ __all__ = [
     "bake",
     "check_family",
     "datasets",
+    "domain_matrix",
     "experiments",
     "generate",
+    "information_flow",
     "inputs",
+    "integrated_gradients",
     "kernels",
+    "knockout",
     "load",
+    "logit_lens",
     "mine",
     "organisms",
     "pattern_points",
     "plots",
     "residual_points",
     "run",
+    "scale",
     "trials",
     "unwrap",
     "wrap",

@@ -178,6 +178,192 @@ def ablate(
     typer.echo(f"ablated: {ablated}")
 
 
+@app.command()
+def domains(
+    model: Model,
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Data sets, each a domain, such as easy-vqa, digits or easy-vqa:text."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for counts, neurons and the matrix.")],
+    site: Annotated[list[str], typer.Option(help="llm, vision, audio, projector.")] = ["llm"],  # noqa: B006
+    top_rate: Annotated[float, typer.Option(help="Share of a site's neurons to take.")] = 0.01,
+    limit: Annotated[int, typer.Option(help="So many samples of each domain.")] = 100,
+    tried: Annotated[int, typer.Option(help="Samples of each domain to try them on, or 0.")] = 0,
+    by: Annotated[float, typer.Option(help="Multiply the neurons by this; 0 is off.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Find domain-specific neurons (MMNeuron), and try each domain without each domain's."""
+    import miner_lens as ml
+    from miner_lens.data.labelled import labelled
+
+    with _clear_errors():
+        found = {name: _data_set(name, limit + tried) for name in data}
+        first = {name: some[:limit] for name, some in found.items()}
+        last = {name: some[limit:] for name, some in found.items()}
+        # A data set with labels of its own, such as text-domains, is several domains.
+        labels = {one.label for some in found.values() for one in some}
+        own = len(found) == 1 and len(labels - {None}) > 1
+        counted, kept = (
+            next(iter(some.values())) if own else labelled(some) for some in (first, last)
+        )
+        bridge = _load(model)
+        counts = ml.run(bridge, counted, *map(ml.DomainAnalyzer, site), batch_size=batch_size)
+        selections = []
+        for one in counts if isinstance(counts, tuple) else (counts,):
+            one.save(out / f"counts-{one.site}.safetensors")
+            selections.append(one.select(top_rate))
+            for domain, neurons in selections[-1].items():
+                neurons.save(out / f"neurons-{one.site}-{domain}.safetensors")
+                typer.echo(f"{domain}: {neurons!r}")
+        if tried:
+            matrix = ml.domain_matrix(bridge, kept, *selections, by=by)
+            matrix.save(out / "matrix.safetensors")
+            matrix.to_frame().to_csv(out / "matrix.csv", index=False)
+            typer.echo(repr(matrix))
+
+
+@app.command()
+def attribute(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Where to save the scores, for `select`.")],
+    by: Annotated[
+        str, typer.Option(help="gradient (first order), integrated, or contribution.")
+    ] = "gradient",
+    steps: Annotated[int, typer.Option(help="Points of integrated gradients at most.")] = 64,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Score every neuron by what it does for the answer, and save the scores."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        if by not in ("gradient", "integrated", "contribution"):
+            raise ValueError(f"--by is gradient, integrated or contribution, not {by!r}.")
+        samples, bridge = _data_set(data, limit), _load(model)
+        if by == "gradient":
+            scores = ml.attribute(bridge, samples, batch_size=batch_size)
+        elif by == "integrated":
+            scores = ml.integrated_gradients(bridge, samples, steps, batch_size=batch_size)
+        else:
+            scores = ml.run(bridge, samples, ml.ContributionAnalyzer(data), batch_size=batch_size)
+        scores.save(out)
+        typer.echo(repr(scores))
+        for modality, reached in scores.info.get("completeness", {}).items():
+            typer.echo(
+                f"{modality}: {reached['sum']:.4f} of {reached['difference']:.4f} nats "
+                f"(gap {reached['gap']:.2%})"
+            )
+
+
+@app.command()
+def kinds(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shares and the neurons.")],
+    medium: Annotated[str, typer.Option(help="image, video or audio.")] = "image",
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Sort neurons into those of a medium, of text and of both (Xu et al. 2025)."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples, analyzer = _data_set(data, limit), ml.KindAnalyzer(medium)
+        found = ml.run(_load(model), samples, analyzer, batch_size=batch_size)
+        found.save(out / "kinds.safetensors")
+        for kind, neurons in found.select().items():
+            neurons.save(out / f"neurons-{kind}.safetensors")
+        typer.echo(repr(found))
+
+
+@app.command()
+def convergence(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for states, curves and figures.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 100,
+    shuffles: Annotated[int, typer.Option(help="Of the null.")] = 20,
+    layer: Annotated[int | None, typer.Option(help="Of which to draw a t-SNE figure.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Measure whether modalities converge: CKA, distance, separability, dimension, by layer."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples, analyzer = _data_set(data, limit), ml.ConvergenceAnalyzer(samples=limit)
+        states = ml.run(_load(model), samples, analyzer, batch_size=batch_size)
+        states.save(out / "states.safetensors")
+        curves = states.curves(shuffles=shuffles)
+        curves.to_csv(out / "curves.csv", index=False)
+        curves["pair"] = (curves["modality"] + " " + curves["other"]).str.strip()
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure, by="pair").savefig(out / f"{measure}.png")
+        if layer is not None:
+            ml.plots.scatter(states.embed(layer)).savefig(out / f"layer-{layer}.png")
+        typer.echo(repr(states))
+        wide = curves.pivot_table("mean", ["measure", "pair"], "layer", sort=False)
+        typer.echo(wide.round(3).to_string())
+
+
+@app.command()
+def flow(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trials, curves and figures.")],
+    modality: Annotated[list[str], typer.Option(help="Whose tokens are cut off.")] = ["image"],  # noqa: B006
+    window: Annotated[int, typer.Option(help="So many layers are cut together.")] = 3,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+) -> None:
+    """Cut attention from the last token to a modality, by windows of layers."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples = _data_set(data, limit)
+        found = ml.information_flow(_load(model), samples, modality, window, batch_size)
+        found.save(out / "flow.safetensors")
+        curves = found.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(found))
+
+
+@app.command()
+def lens(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for what it shows.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Look through the logit lens: entropy, answer and agreement by layer and modality."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        samples = _data_set(data, limit)
+        seen = ml.run(_load(model), samples, ml.LogitLensAnalyzer(), batch_size=batch_size)
+        seen.save(out / "lens.safetensors")
+        curves = seen.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(seen))
+        for modality, found in seen.stages().items():
+            ends = [f"{layer} [{low}, {high}]" for layer, low, high in zip(*found, strict=True)]
+            typer.echo(f"{modality}: entropy changes course at {', '.join(ends) or 'no layer'}")
+
+
+def _data_set(name: str, limit: int | None) -> Any:
+    """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
+    import miner_lens as ml
+
+    name, _, ask = name.partition(":")
+    return ml.datasets.load(name, limit=limit, ask=ask or None)
+
+
 def _value(text: str) -> Any:
     try:
         return float(text)

@@ -20,7 +20,8 @@ def call(*arguments: Any, code: int = 0) -> str:
 
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
-    assert all(name in shown for name in ("demo", "info", "mine", "select", "ablate"))
+    names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
+    assert all(name in shown for name in (*names, "convergence", "flow"))
 
 
 def test_info() -> None:
@@ -62,6 +63,63 @@ def test_mine_select_ablate(tmp_path: Path) -> None:
     assert "ablated:" in shown
     by_value = call("ablate", "shapes", files[0], "--question", question, "--value", "0.5")
     assert "intact:" in by_value
+
+
+def test_domains(tmp_path: Path) -> None:
+    arguments = ["domains", "shapes", "easy-vqa", "digits", "--limit", 6, "--top-rate", 0.05]
+    sites = ["--site", "llm", "--site", "vision"]
+    shown = call(*arguments, *sites, "--out", tmp_path, "--tried", 2)
+    assert "digits: NeuronSet" in shown
+    assert "digits in llm+vision" in shown
+    counts = ml.DomainCounts.load(tmp_path / "counts-vision.safetensors")
+    assert counts.domains == ("digits", "easy-vqa")
+    chosen = ml.NeuronSet.load(tmp_path / "neurons-vision-digits.safetensors")
+    assert chosen == counts.select(0.05)["digits"]
+    assert set(pd.read_csv(tmp_path / "matrix.csv")["on"]) == {"digits", "easy-vqa"}
+    shown = call("domains", "shapes", "text-domains", "--limit", 8, "--out", tmp_path / "text")
+    assert "arithmetic: NeuronSet" in shown
+    alone = call("domains", "shapes", "easy-vqa", "--limit", 2, "--out", tmp_path / "one", code=2)
+    assert "one domain among several" in alone
+
+
+def test_lens(tmp_path: Path) -> None:
+    shown = call("lens", "shapes", "easy-vqa:both", "--limit", 6, "--out", tmp_path)
+    assert "image: entropy changes course at" in shown
+    assert ml.LogitLens.load(tmp_path / "lens.safetensors").values.shape[:2] == (6, 6)
+    assert len(pd.read_csv(tmp_path / "curves.csv")) % 18 == 0
+    for measure in ("entropy", "answer", "agreement"):
+        assert (tmp_path / f"{measure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_attribute_and_kinds(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.safetensors"
+    arguments = ["attribute", "shapes", "easy-vqa", "--limit", 2, "--out", scores]
+    assert "attribution" in call(*arguments)
+    assert "contribution" in call(*arguments, "--by", "contribution")
+    call("select", scores, "--out", tmp_path / "neurons", "--ratio", 0.01)
+    assert "--by is gradient, integrated" in call(*arguments, "--by", "magic", code=2)
+    shown = call("kinds", "shapes", "easy-vqa", "--limit", 3, "--out", tmp_path / "kinds")
+    assert "multimodal" in shown
+    chosen = ml.NeuronKinds.load(tmp_path / "kinds" / "kinds.safetensors").select()["text"]
+    assert ml.NeuronSet.load(tmp_path / "kinds" / "neurons-text.safetensors") == chosen
+
+
+def test_convergence(tmp_path: Path) -> None:
+    arguments = ["convergence", "shapes", "easy-vqa", "--limit", 6, "--shuffles", 2, "--layer", 3]
+    shown = call(*arguments, "--out", tmp_path)
+    assert "separability" in shown
+    assert set(ml.HiddenStates.load(tmp_path / "states.safetensors").modalities) > {"image"}
+    assert len(pd.read_csv(tmp_path / "curves.csv")) == 6 * (3 * 3 + 3)
+    for name in ("cka", "dimension", "layer-3"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flow(tmp_path: Path) -> None:
+    shown = call("flow", "shapes", "easy-vqa", "--limit", 3, "--window", 5, "--out", tmp_path)
+    assert "image in layers 0 to 4" in shown
+    assert len(ml.InformationFlow.load(tmp_path / "flow.safetensors").cuts) == 2
+    assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == {0, 1}
+    assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,26 @@
 """What is read? One file for each analysis."""
 
 from miner_lens.analyzers.attribution import AttributionAnalyzer, attribute
+from miner_lens.analyzers.contribution import ContributionAnalyzer
+from miner_lens.analyzers.convergence import ConvergenceAnalyzer
+from miner_lens.analyzers.domains import DomainAnalyzer
 from miner_lens.analyzers.importance import ImportanceAnalyzer, mine
+from miner_lens.analyzers.integrated import integrated_gradients
+from miner_lens.analyzers.kinds import KindAnalyzer
+from miner_lens.analyzers.lens import LogitLens, LogitLensAnalyzer
+from miner_lens.analyzers.reading import logit_lens
 
-__all__ = ["AttributionAnalyzer", "ImportanceAnalyzer", "attribute", "mine"]
+__all__ = [
+    "AttributionAnalyzer",
+    "ContributionAnalyzer",
+    "ConvergenceAnalyzer",
+    "DomainAnalyzer",
+    "ImportanceAnalyzer",
+    "KindAnalyzer",
+    "LogitLens",
+    "LogitLensAnalyzer",
+    "attribute",
+    "integrated_gradients",
+    "logit_lens",
+    "mine",
+]

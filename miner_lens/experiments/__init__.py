@@ -1,7 +1,9 @@
 """What does it do? What a model still knows with neurons switched off."""
 
 from miner_lens.experiments.attention_effect import AttentionEffect, attention_effect
+from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.evaluation import accuracy, answers
+from miner_lens.experiments.flow import InformationFlow, information_flow
 from miner_lens.experiments.layers import LayerDistribution, layer_distribution
 from miner_lens.experiments.overlap import Overlap, overlap
 from miner_lens.experiments.recovery import Recovery, recovery
@@ -11,6 +13,8 @@ from miner_lens.experiments.trials import Condition, Trials, trials
 __all__ = [
     "AttentionEffect",
     "Condition",
+    "DomainMatrix",
+    "InformationFlow",
     "LayerDistribution",
     "Overlap",
     "Recovery",
@@ -19,6 +23,8 @@ __all__ = [
     "accuracy",
     "answers",
     "attention_effect",
+    "domain_matrix",
+    "information_flow",
     "layer_distribution",
     "overlap",
     "recovery",

@@ -21,7 +21,19 @@ from miner_lens.models.sites import MLP, Rows, Tower
 from miner_lens.neurons.active import noted
 from miner_lens.neurons.neuron_set import NeuronSet
 
-Value = float | Literal["zero", "min", "mean"]
+
+@dataclass(frozen=True)
+class Times:
+    """What `scale` has written: X times a number.
+
+    Attributes:
+        by: The number.
+    """
+
+    by: float
+
+
+Value = float | Literal["zero", "min", "mean"] | Times
 Hook = tuple[str, Callable[..., Tensor | None]]
 Neurons = NeuronSet | Mapping[str, NeuronSet]
 
@@ -245,7 +257,7 @@ class _Write:
     """What to write into which neurons."""
 
     def __init__(self, neurons: NeuronSet, value: Value, at: str | None, complement: bool) -> None:
-        if not isinstance(value, int | float) and value not in ("zero", "min", "mean"):
+        if not isinstance(value, int | float | Times) and value not in ("zero", "min", "mean"):
             raise ValueError(f"value must be 'zero', 'min', 'mean' or a number, not {value!r}.")
         self.neurons = ~neurons if complement else neurons
         self.means = None
@@ -326,6 +338,8 @@ class _Write:
         self, x: Float[Tensor, "*row neuron"], target: _Target, tokens: _Tokens | _TowerRows
     ) -> Tensor:
         """What to write, to be broadcast over rows."""
+        if isinstance(self.value, Times):
+            return (x if target.others else _read(x, target.index.to(x.device))) * self.value.by
         if self.value == "min":
             return tokens.lowest(x)
         if target.means is not None:

@@ -37,6 +37,46 @@ def by_ratio(table: pd.DataFrame, measure: str) -> Figure:
     return figure
 
 
+def curves(table: pd.DataFrame, measure: str, by: str = "modality") -> Figure:
+    """A measure against the layer, a line for each modality, with intervals as bands.
+
+    Args:
+        table: Columns `layer`, `mean`, `low`, `high` and that of `by`, such as the `curves()` of a
+            result; rows of other measures are left out where there is a column `measure`.
+        measure: The measure.
+        by: The column that tells lines apart.
+    """
+    rows = table[table["measure"] == measure] if "measure" in table else table
+    figure, (panel,) = _figure(1)
+    for name, line in rows.groupby(by, sort=False):
+        colour = COLOURS.get(str(name))
+        (drawn,) = panel.plot(line["layer"], line["mean"], color=colour, label=name)
+        panel.fill_between(
+            line["layer"], line["low"], line["high"], color=drawn.get_color(), alpha=0.15
+        )
+    panel.set(xlabel="layer", ylabel=measure)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def scatter(table: pd.DataFrame) -> Figure:
+    """Tokens in two dimensions, coloured by modality.
+
+    Args:
+        table: Columns `modality`, `x` and `y`, such as `HiddenStates.embed` makes.
+    """
+    figure, (panel,) = _figure(1)
+    for name, rows in table.groupby("modality", sort=False):
+        panel.scatter(
+            rows["x"], rows["y"], s=8, alpha=0.6, color=COLOURS.get(str(name)), label=name
+        )
+    panel.set(xticks=[], yticks=[])
+    panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def _draw_condition(panel: Any, off: str, line: pd.DataFrame) -> None:
     if off == "nothing":
         panel.axhline(line["value"].iloc[0], color="black", linestyle=":", label=off)

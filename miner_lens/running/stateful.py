@@ -55,7 +55,8 @@ class Stateful:
             name: Of the state.
             values: [candidate *cell], such as `x[mask]`, [token neuron]; compared in float32.
             ids: Whole numbers for each candidate, [candidate] or [candidate part], such as
-                `batch.places[mask]`. Which of equal values stay is drawn from their ids.
+                `batch.places[mask]`, or for each of its cells, [candidate *cell part]. Which
+                of equal values stay is drawn from their ids.
             k: How many to keep; where there are fewer, the rest is -inf, with ids -1.
             at: A place on the first axis of the state, such as `point.layer`.
         """

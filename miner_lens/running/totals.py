@@ -116,9 +116,14 @@ class Top(Total):
 
     @classmethod
     def of(cls, values: Tensor, ids: Tensor, k: int) -> Self:
-        """The top of some candidates: values [candidate *cell], ids [candidate *part]."""
+        """The top of some candidates: values [candidate *cell].
+
+        Ids are [candidate] or [candidate part], or [candidate *cell part].
+        """
         values = values.detach().float()
-        ids = ids.to(values.device).long().reshape(len(values), *(1,) * (values.ndim - 1), -1)
+        ids = _parts(ids.to(values.device))
+        if ids.ndim != values.ndim + 1:  # one for each candidate, and not for each of its cells
+            ids = ids.view(len(ids), *(1,) * (values.ndim - 1), ids.shape[-1])
         parts = {"values": values, "ids": ids.expand(*values.shape, ids.shape[-1])}
         parts = cls._longer(parts, max(k, len(values)))
         return cls(_largest(parts["values"], parts["ids"], k, 0))
@@ -155,7 +160,7 @@ class Keep(Total):
     @classmethod
     def of(cls, rows: Tensor, ids: Tensor, size: int, seed: int) -> Self:
         """What stays of some rows; ids [row *part] are theirs alone."""
-        lots = _lots(ids.to(rows.device).long().reshape(len(rows), -1), seed)
+        lots = _lots(_parts(ids.to(rows.device)), seed)
         return cls(_first(rows.detach(), lots, size))
 
     @property
@@ -242,6 +247,11 @@ class Totals:
             _, kind, at, part, name = key.split("/", 4)
             totals.named.setdefault(name, KINDS[kind]({}, bool(at))).parts[part] = state[key]
         return totals
+
+
+def _parts(ids: Tensor) -> Tensor:
+    """Ids of one part or of several, as of several; there may be none."""
+    return (ids[:, None] if ids.ndim == 1 else ids).long()
 
 
 def _require_alike(name: str, known: tuple[Total, bool], new: tuple[Total, bool]) -> None:

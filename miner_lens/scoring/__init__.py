@@ -1,5 +1,8 @@
 """How important is each neuron? MINER's arithmetic, without a model."""
 
+from miner_lens.scoring.domain_counts import DomainCounts
+from miner_lens.scoring.hidden_states import HiddenStates
+from miner_lens.scoring.kinds import NeuronKinds
 from miner_lens.scoring.scores import ImportanceScores
 
-__all__ = ["ImportanceScores"]
+__all__ = ["DomainCounts", "HiddenStates", "ImportanceScores", "NeuronKinds"]

@@ -193,3 +193,21 @@ def test_every_row_has_the_same_chance_to_be_kept(ids: str) -> None:
     assert counts.max() < 66
     thirds = counts.view(3, 100).sum(1)
     assert float((thirds - 4000).abs().max()) < 300
+
+
+def test_no_rows_of_a_modality_are_no_rows() -> None:
+    """As where a mask is empty in one pass and not in another."""
+    ids = torch.tensor([[4, 0], [4, 1]])
+    rows = torch.tensor([[1.0], [2.0]])
+    none = (rows[:0], ids[:0])
+    kept = Keep.of(*none, 3, 0) + Keep.of(rows, ids, 3, 0)
+    assert torch.equal(kept.value.sort(0).values, rows)
+    top = Top.of(*none, 2) + Top.of(rows, ids, 2)
+    assert torch.equal(top.ids[:, 0], ids.flip(0))
+
+
+def test_ids_of_each_cell() -> None:
+    values = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
+    ids = torch.tensor([[[7, 1], [7, 2]], [[8, 3], [8, 4]]])
+    top = Top.of(values, ids, 1)
+    assert top.ids.tolist() == [[[8, 3], [7, 2]]]
