@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from miner_lens.report import plots
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
-    from miner_lens.scoring import ImportanceScores, kernels
+    from miner_lens.scoring import ImportanceScores, Selection, kernels
 
 __version__ = "0.1.0"
 
@@ -62,6 +62,7 @@ _HOMES = {
     "RankError": "running",
     "Sample": "data",
     "SampleError": "data",
+    "Selection": "scoring",
     "Trials": "experiments",
     "ablate": "neurons",
     "ablation_hooks": "neurons",
@@ -103,6 +104,7 @@ __all__ = [
     "RankError",
     "Sample",
     "SampleError",
+    "Selection",
     "Trials",
     "ablate",
     "ablation_hooks",
