@@ -17,6 +17,7 @@ from miner_lens.models import sites
 from miner_lens.models.access import identity, layout, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
 from miner_lens.models.devices import offloaded_weights
+from miner_lens.models.hook import ContextHook
 from miner_lens.models.inside import (
     bare,
     compiled,
@@ -27,7 +28,7 @@ from miner_lens.models.inside import (
 )
 from miner_lens.models.sites import MLP, Rows, Tower
 from miner_lens.neurons.active import noted
-from miner_lens.neurons.context_hooks import ContextHook, ContextHooks
+from miner_lens.neurons.context_hooks import ContextHooks
 from miner_lens.neurons.neuron_set import NeuronSet
 
 Value = float | Literal["zero", "min", "mean"]

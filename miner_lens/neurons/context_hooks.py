@@ -8,30 +8,7 @@ from typing import Any
 
 from torch import nn
 
-
-class ContextHook:
-    """A hook that knows whether it was called, and that no copy of the model has."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.called = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch does of any hook."""
-        self.called = True
-        return self.function(*args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        # The context closes for this model alone, so a copy would keep the hook for ever.
-        return _inert, ()
-
-
-def _inert() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """What a copy of the model has in a hook's place."""
+from miner_lens.models.hook import ContextHook, do_nothing
 
 
 class ContextHooks:
@@ -50,12 +27,14 @@ class ContextHooks:
     def watch(self, modules: Iterable[nn.Module]) -> None:
         """Know whether any of these modules was run."""
         for module in modules:
-            hook = ContextHook(_do_nothing)
+            hook = ContextHook(do_nothing)
             self._runs.append((hook, module.register_forward_pre_hook(hook)))
 
     def remove(self) -> None:
         """End it."""
-        for handle in [handle for *_, handle in [*self._written, *self._runs]]:
+        for _, _, handle in self._written:
+            handle.remove()
+        for _, handle in self._runs:
             handle.remove()
 
     def warn_if_idle(self, compiled: bool, stacklevel: int) -> None:
