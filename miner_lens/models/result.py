@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from miner_lens import files
 from miner_lens.models.card import LIBRARY, card, code
 from miner_lens.models.identity import ModelIdentity
+from miner_lens.notebook import as_html
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Result(ModelHubMixin, ABC):
@@ -48,6 +52,13 @@ class Result(ModelHubMixin, ABC):
         identity: ModelIdentity | None,
     ) -> Self:
         """What `to_parts` was called on; tensors that were None are missing."""
+
+    @abstractmethod
+    def overview(self) -> pd.DataFrame:
+        """What there is to say of it in a few rows, as a notebook shows it."""
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self).partition("\n")[0], self.overview())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; all but the tensors is in its metadata, as JSON."""

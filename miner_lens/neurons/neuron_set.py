@@ -316,6 +316,19 @@ class NeuronSet(Result):
         table.insert(0, "site", self.site)
         return table
 
+    def overview(self) -> pd.DataFrame:
+        """How many neurons of each layer it has, and their share of the layer.
+
+        Example:
+            >>> NeuronSet([(1, 2), (1, 0)], layers=2, neurons=4).overview()["share"].tolist()
+            [0.0, 0.5]
+        """
+        import pandas as pd
+
+        counts = self.counts()
+        shares = [count / self.neurons for count in counts]
+        return pd.DataFrame({"neurons": counts, "share": shares}).rename_axis("layer")
+
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the set holds."""
         metadata = {"layers": self.layers, "neurons": self.neurons, "site": self.site}

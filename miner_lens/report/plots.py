@@ -95,10 +95,7 @@ def _draw_layers(panel: Any, site: str, neurons: Mapping[str, NeuronSet]) -> Non
 
 
 def _figure(panels: int) -> tuple[Figure, list[Any]]:
-    # Not through pyplot, which would pick a window system and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from miner_lens.report.figure import ShownFigure
 
-    figure = Figure(figsize=(1.5 + 4 * panels, 3.6), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = ShownFigure(1.5 + 4 * panels, 3.6)
     return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])

@@ -326,6 +326,15 @@ class ImportanceScores(Result):
         table.insert(0, "site", self.site)
         return table
 
+    def overview(self) -> pd.DataFrame:
+        """Of each modality, the samples that have it and its mean score by each metric."""
+        import pandas as pd
+
+        means = self.values.mean((2, 3)).T.cpu().numpy()
+        table = pd.DataFrame(means, list(self.modalities), list(self.metrics))
+        table.insert(0, "samples", list(self.occurrences))
+        return table.rename_axis("modality")
+
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the scores holds."""
         metadata = {

@@ -50,6 +50,23 @@ class Selection(dict[str, NeuronSet], Result):
         table = pd.concat(tables, names=["modality"]).reset_index("modality")
         return table.reset_index(drop=True)
 
+    def overview(self) -> pd.DataFrame:
+        """How many neurons each modality has, their share of all, and the layers that have any."""
+        import pandas as pd
+
+        rows = {
+            modality: {
+                "site": chosen.site,
+                "neurons": len(chosen),
+                "share": len(chosen) / (chosen.layers * chosen.neurons),
+                "layers": len(chosen.by_layer()),
+            }
+            for modality, chosen in self.items()
+        }
+        columns = ["site", "neurons", "share", "layers"]
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        return table.rename_axis("modality")
+
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the selection holds."""
         tensors: dict[str, Tensor | None] = {}
