@@ -25,10 +25,10 @@ class ContextHooks:
         return hook
 
     def watch(self, modules: Iterable[nn.Module]) -> None:
-        """Know whether any of these modules was run."""
+        """Know whether any of these modules was run to its end: a pass may stop before it."""
         for module in modules:
             hook = ContextHook(do_nothing)
-            self._runs.append((hook, module.register_forward_pre_hook(hook)))
+            self._runs.append((hook, module.register_forward_hook(hook)))
 
     def remove(self) -> None:
         """End it."""

@@ -114,6 +114,10 @@ def test_what_may_write_nothing() -> None:
             logits(model, words)
         with ml.ablate(model, most(model), at="image"):
             logits(model, words)
+        bridge = ml.wrap(vision_model())
+        last = ml.NeuronSet.of([(1, 0)], bridge)
+        with ml.ablate(bridge, last):
+            bridge(words["input_ids"], stop_at_layer=1)
         with contextlib.suppress(KeyError), ml.ablate(model, most(model)):
             remove_hooks(model)
             raise KeyError
