@@ -8,6 +8,8 @@ import torch
 
 import miner_lens as ml
 
+POINT = "blocks.5.attn.hook_pattern"
+
 model = ml.load("shapes", device="cpu")
 data = ml.datasets.load("easy-vqa", limit=20)
 neurons = ml.mine(model, data).select(ratio=0.1)["image"]
@@ -19,10 +21,9 @@ hooks = ml.ablation_hooks(model, neurons)
 kept = []
 with torch.no_grad(), ml.bind(model, inputs):
     with ml.ablate(model, neurons):
-        _, cache = model.run_with_cache(tokens)
-    keep = [("blocks.5.attn.hook_pattern", lambda x, hook: kept.append(x))]
-    model.run_with_hooks(tokens, fwd_hooks=[*hooks, *keep])
-pattern = cache["blocks.5.attn.hook_pattern"]
+        _, cache = model.run_with_cache(tokens, names_filter=[POINT])
+    model.run_with_hooks(tokens, fwd_hooks=[*hooks, (POINT, lambda x, hook: kept.append(x))])
+pattern = cache[POINT]
 assert torch.equal(pattern, kept[0])
 
 picture = circuitsvis.attention.attention_patterns(tokens=words, attention=pattern[0])

@@ -25,7 +25,7 @@ DOCUMENTS = [
 ]
 
 # Hugging Face's own name for a setting that it has no public name to restore by.
-# And what IPython calls.
+# And what IPython asks an object for.
 FOREIGN = {"_attn_implementation", "_repr_html_", "_repr_png_"}
 # Hooks are tried there with tensors that pretend to be on a GPU, where no whole pass could run.
 OPENED = {"tests/analyzers/test_devices.py"}
