@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +42,8 @@ class LogitLens(Result):
         vocabulary: What these tokens are.
         identity: The model.
     """
+
+    filename: ClassVar[str] = "logit-lens.safetensors"
 
     values: Float[Tensor, "sample layer modality measure"]
     counts: Int[Tensor, "sample modality"]
@@ -131,6 +133,14 @@ class LogitLens(Result):
                 row = self.of(modality).mean(0).tolist()
                 lines.append(f"{modality:<12}" + "".join(f" {value:6.2f}" for value in row))
         return "\n".join(lines)
+
+    def overview(self) -> pd.DataFrame:
+        """The mean entropy of each modality, in nats, layer by layer."""
+        import pandas as pd
+
+        shown = [name for name, measure in self._pairs(1) if measure == "entropy"]
+        table = pd.DataFrame({name: self.of(name).mean(0).cpu().numpy() for name in shown})
+        return table.rename_axis("layer")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the result holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class DomainMatrix(Result):
         identity: The model.
     """
 
+    filename: ClassVar[str] = "domain-matrix.safetensors"
+
     trials: Trials
     rows: tuple[Row, ...]
     by: float = 0.0
@@ -126,6 +128,10 @@ class DomainMatrix(Result):
         samples = len(self.trials.samples)
         head = f"DomainMatrix(neurons {done}, {samples} samples; cost of logprob in nats)"
         return f"{head}\n{self.matrix().round(3).to_string()}"
+
+    def overview(self) -> pd.DataFrame:
+        """Mean costs of the log-probability, as `matrix` has them."""
+        return self.matrix()
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the matrix holds."""

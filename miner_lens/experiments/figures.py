@@ -27,14 +27,11 @@ def panels(count: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    # Not through pyplot, which would pick a window system and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from miner_lens.experiments.shown_figure import ShownFigure
 
     columns = columns or count
     rows = -(-count // columns)
-    figure = Figure(figsize=(1.5 + 4 * columns, 3.6 * rows), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = ShownFigure(1.5 + 4 * columns, 3.6 * rows)
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for unused in axes[count:]:
         unused.set_axis_off()

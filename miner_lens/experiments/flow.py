@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class InformationFlow(Result):
         identity: The model.
     """
 
+    filename: ClassVar[str] = "information-flow.safetensors"
+
     trials: Trials
     cuts: tuple[Cut, ...]
     identity: ModelIdentity | None = None
@@ -94,6 +96,18 @@ class InformationFlow(Result):
         for cut, row in zip(self.cuts, lost, strict=True):
             lines.append(f"{cut.condition:<28} {row.mean():8.3f}")
         return "\n".join(lines)
+
+    def overview(self) -> pd.DataFrame:
+        """The mean cost of each cut."""
+        import pandas as pd
+
+        rows = {cut.condition: place for place, cut in enumerate(self.cuts, 1)}
+        measures = {"correct": self.trials.correct, "logprob": self.trials.logprob}
+        costs = {
+            name: [float(values[0].mean() - values[place].mean()) for place in rows.values()]
+            for name, values in measures.items()
+        }
+        return pd.DataFrame(costs, list(rows)).rename_axis("cost of")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the flow holds."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from miner_lens import files
+from miner_lens.notebook import as_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +39,9 @@ class Finding(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.frame)} rows)\n{self.summary}"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.summary, self.frame)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file that `load` reads; `frame` writes itself to any table format.

@@ -12,7 +12,8 @@ import numpy as np
 from miner_lens.experiments.figures import COLOURS, panels
 from miner_lens.experiments.result import Finding
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.scoring.scores import ImportanceScores, Selection
+from miner_lens.scoring.scores import ImportanceScores
+from miner_lens.scoring.selection import Selection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

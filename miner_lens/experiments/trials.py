@@ -22,6 +22,7 @@ from miner_lens.models.forward import evaluating, last_logits
 from miner_lens.models.generation import input_device, to_device
 from miner_lens.models.inside import hf_model_of
 from miner_lens.neurons.ablation import Neurons, Value, ablate
+from miner_lens.notebook import as_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,6 +108,16 @@ class Trials:
                 "logprob": self.logprob.ravel(),
             }
         ).astype({"sample": "str", "condition": "str"})
+
+    def overview(self) -> pd.DataFrame:
+        """Each condition's share of correct answers and mean log-probability of the answer."""
+        import pandas as pd
+
+        columns = {"correct": self.correct.mean(1), "logprob": self.logprob.mean(1)}
+        return pd.DataFrame(columns, list(self.conditions)).rename_axis("condition")
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self).partition("\n")[0], self.overview())
 
     def __repr__(self) -> str:
         lines = [f"Trials({len(self.samples)} samples x {len(self.conditions)} conditions)"]

@@ -1,5 +1,6 @@
 """What is analysed? Models, and where in them neurons, tokens and attention are."""
 
+from miner_lens.models.binding import bind
 from miner_lens.models.bridge import unwrap, wrap
 from miner_lens.models.family import FamilyReport, check_family
 from miner_lens.models.generation import generate, inputs
@@ -14,6 +15,7 @@ __all__ = [
     "ModelIdentity",
     "Point",
     "activation_points",
+    "bind",
     "check_family",
     "generate",
     "inputs",

@@ -35,8 +35,8 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
     thousands of them), rounded to bfloat16, so that float32 and bfloat16 copies of a checkpoint
     have the same; float16 rounds once more and may have another. Offloaded weights are read from
     where they are. It is None, so that only shapes are compared, where weights cannot be read: on
-    the meta device, quantized (GPTQ, AWQ, bitsandbytes, torchao), or inside a layer of another kind
-    that has no `weight`.
+    the meta device, quantized (GPTQ, AWQ, bitsandbytes, torchao, quanto), or inside a layer of
+    another kind that has no `weight`.
 
     PEFT adapters that are active and add something are part of it: to try neurons of the base model
     under them, use `NeuronSet.transfer(identity)`. One that is still untrained (B = 0), disabled or

@@ -1,6 +1,8 @@
-"""Which device is this process's."""
+"""Which device is this process's, and which weights are on none."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -18,3 +20,13 @@ def default_device() -> torch.device:
     if rank is None:
         return accelerator
     return torch.device(accelerator.type, rank % torch.accelerator.device_count())
+
+
+def offloaded_weights(hf_model: Any) -> set[int]:
+    """The `id` of each weight that accelerate brings when its layer computes."""
+    found: set[int] = set()
+    for module in hf_model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            found.update(map(id, module.parameters()))
+    return found

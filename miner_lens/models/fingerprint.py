@@ -24,7 +24,7 @@ def fingerprint(hf_model: Any) -> str | None:
     Returns:
         `version:digest`, or None where weights cannot be read: on the meta device, or quantized.
     """
-    if getattr(hf_model.config, "quantization_config", None) is not None:
+    if quantization(hf_model) is not None:
         return None
     digest, seen = hashlib.sha256(), set()
     for weight in _weights(hf_model):
@@ -42,6 +42,19 @@ def has_weight(module: Any) -> bool:
     """Whether a layer, with or without adapters, has a weight that can be read."""
     weight = getattr(_base(_inside(module)), "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def quantization(hf_model: Any) -> str | None:
+    """How weights are quantized, by the config or by what they are; None where they are not."""
+    config = getattr(hf_model.config, "quantization_config", None)
+    if config is not None:
+        method = config if isinstance(config, dict) else vars(config)
+        return str(getattr(method.get("quant_method"), "value", method.get("quant_method")))
+    for weight in hf_model.parameters():
+        if not (weight.is_meta or _readable(weight)):
+            plain = type(weight) in (Tensor, nn.Parameter)
+            return str(weight.dtype if plain else type(weight.data).__name__)
+    return None
 
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:

@@ -65,6 +65,17 @@ def retire(bridge: Any) -> None:
     bridge.forward = _refuse
 
 
+def compiled(model: Any) -> list[nn.Module]:
+    """What torch.compile has put around the model, and around parts of it."""
+    return [part for part in model.modules() if "_orig_mod" in part._modules]
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile has compiled the model or a part of it, also in place."""
+    in_place = any(part._compiled_call_impl is not None for part in model.modules())
+    return in_place or bool(compiled(model))
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """Run what torch.compile has compiled as it is written, while the context is open.
 

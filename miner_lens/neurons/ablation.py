@@ -16,9 +16,19 @@ from miner_lens.data.signature import described
 from miner_lens.models import sites
 from miner_lens.models.access import identity, layout, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
-from miner_lens.models.inside import bare, hf_model_of, is_bridge, uncompiled
+from miner_lens.models.devices import offloaded_weights
+from miner_lens.models.hook import ContextHook
+from miner_lens.models.inside import (
+    bare,
+    compiled,
+    hf_model_of,
+    is_bridge,
+    is_compiled,
+    uncompiled,
+)
 from miner_lens.models.sites import MLP, Rows, Tower
 from miner_lens.neurons.active import noted
+from miner_lens.neurons.context_hooks import ContextHooks
 from miner_lens.neurons.neuron_set import NeuronSet
 
 
@@ -50,8 +60,9 @@ def ablate(
 
     Writes into X, the output of the MLP's activation function, before it is multiplied by the up
     projection. Contexts nest, the inner one on top of the outer; hooks, caches and generation
-    inside see the ablated model, and `reset_hooks()` does not end it. Afterwards the model computes
-    what it computed before, bit for bit, also after an exception.
+    inside see the ablated model, and `reset_hooks()` does not end it. A copy of the model that is
+    made meanwhile is intact. Afterwards the model computes what it computed before, bit for bit,
+    also after an exception. A warning says so where the model ran and nothing was written.
 
     Args:
         model: A `TransformerBridge` or a plain Hugging Face model, also inside torch.compile,
@@ -66,8 +77,8 @@ def ablate(
         complement: Ablate every neuron of the site but these.
 
     Raises:
-        ValueError: The neurons are another model's, carry no means for `"mean"` or several, or the
-            model has no such modality.
+        ValueError: The neurons are another model's, carry no means for `"mean"` or several, the
+            model has no such modality, or its weights are on the meta device and not offloaded.
 
     Example:
         with ml.ablate(model, msns["image"]):
@@ -75,17 +86,22 @@ def ablate(
     """
     write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _tokens(model, write)
-    layers = mlps(model, write.site)
+    layers, hf_model = mlps(model, write.site), hf_model_of(model)
+    hooks = ContextHooks()
     with ExitStack() as open_:
         open_.enter_context(uncompiled())
-        open_.enter_context(noted(hf_model_of(model), write.described()))
+        open_.enter_context(noted(hf_model, write.described()))
         open_.callback(tokens.stop)
         if write.needs_tokens:
             tokens.watch(model)
-        for layer, target in write.targets(layers).items():
-            hook = _module_hook(write, tokens, target)
-            open_.callback(layers[layer].activation.register_forward_hook(hook).remove)
+        open_.callback(hooks.remove)
+        for layer, target in write.targets(layers, hf_model).items():
+            _write_into(layers[layer].activation, hooks, write, tokens, target)
+        place = sites.find(hf_model, write.site)
+        tower = [place.module(hf_model)] if isinstance(place, Tower) else []
+        hooks.watch(tower or [hf_model, *compiled(model)])
         yield
+        hooks.warn_if_idle(is_compiled(model), stacklevel=3)
 
 
 def ablation_hooks(
@@ -120,7 +136,7 @@ def ablation_hooks(
     seen = pass_inputs(model)
     place = sites.find(hf_model_of(model), write.site)
     hooks: list[Hook] = []
-    for layer, target in write.targets(mlps(model, write.site)).items():
+    for layer, target in write.targets(mlps(model, write.site), hf_model_of(model)).items():
         hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
     return hooks
 
@@ -198,7 +214,7 @@ class _TowerRows(PassInputs):
             self._rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
             self._there = None
 
-        self.handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+        self.handles.append(module.register_forward_pre_hook(ContextHook(see), with_kwargs=True))
 
     def chosen(self) -> None:
         """In a tower every row is ablated."""
@@ -290,9 +306,10 @@ class _Write:
         """Whether what is written, or where, depends on what the tokens are."""
         return self.at is not None or self.value == "min"
 
-    def targets(self, layers: list[MLP]) -> dict[int, _Target]:
+    def targets(self, layers: list[MLP], hf_model: Any) -> dict[int, _Target]:
         """Neurons by layer, on the device where the layer computes."""
         targets = {}
+        offloaded = offloaded_weights(hf_model)
         for layer, index in self.neurons.by_layer().items():
             means = None if self.means is None else self.means[layer]
             others = 2 * len(index) > self.neurons.neurons
@@ -300,8 +317,14 @@ class _Write:
                 index = _others(index, self.neurons.neurons)
             elif means is not None:
                 means = means[index]
-            device = next(layers[layer].before.parameters()).device
+            weight = next(layers[layer].before.parameters())
+            device = weight.device
             if device.type == "meta":
+                if id(weight) not in offloaded:
+                    raise ValueError(
+                        f"The weights of layer {layer} are on the meta device, where nothing is "
+                        "computed, so there is nothing to ablate. Load the model with its weights."
+                    )
                 # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
                 device = index.device
             if means is not None:
@@ -369,14 +392,20 @@ def _check_shape(model: Any, neurons: NeuronSet) -> None:
         )
 
 
-def _module_hook(write: _Write, tokens: _Tokens | _TowerRows, target: _Target) -> Any:
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+def _write_into(
+    module: Any,
+    hooks: ContextHooks,
+    write: _Write,
+    tokens: _Tokens | _TowerRows,
+    target: _Target,
+) -> None:
+    def function(module: Any, args: Any, output: Tensor) -> Tensor:
         if next(iter(module._forward_hooks.values())) is not hook:
             # Somebody else saw this tensor before and may have kept it.
             output = output.clone()
         return write(output, target, tokens)
 
-    return hook
+    hook = hooks.write(module, function)
 
 
 def _point_hook(

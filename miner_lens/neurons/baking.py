@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 from miner_lens.models.access import mlps
-from miner_lens.models.inside import hf_model_of, processor_of
+from miner_lens.models.card import card, code
+from miner_lens.models.fingerprint import quantization
+from miner_lens.models.inside import hf_model_of, model_name, processor_of
 from miner_lens.neurons.ablation import Neurons, check_neurons
+from miner_lens.neurons.neuron_set import NeuronSet
 
-ABLATED = "ablated_neurons.safetensors"
+ABLATED = "ablated_neurons"
 
 
 def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
@@ -28,13 +32,15 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
             the weights that are saved.
         neurons: The neurons, or what `select` returns, which means all of them.
         path: A new or empty folder. Beside the checkpoint it gets the processor, if the model has
-            one, and the neurons as `ablated_neurons.safetensors`.
+            one, a model card, and a folder `ablated_neurons` for `NeuronSet.from_pretrained`; it
+            lies apart because loaders take every safetensors file of a checkpoint for weights.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The neurons are another model's, or weights are offloaded or quantized.
+        ValueError: The neurons are another model's, weights are offloaded or quantized, or a PEFT
+            adapter cannot be merged into weights.
         FileExistsError: The folder is not empty.
     """
     path = Path(path)
@@ -42,6 +48,7 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
         raise FileExistsError(f"{path} is not empty; name a new folder to save the checkpoint in.")
     chosen = check_neurons(model, neurons)
     hf_model = hf_model_of(model)
+    _refuse_what_is_no_weight(model, hf_model)
     with torch.device("meta"):
         # A copy, because making a model and saving it write into its config.
         baked = type(hf_model)(copy.deepcopy(hf_model.config))
@@ -58,8 +65,45 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
     processor = processor_of(model)
     if processor is not None:
         processor.save_pretrained(path)
-    chosen.save(path / ABLATED)
+    chosen.save_pretrained(path / ABLATED)
+    _card(model_name(model), chosen).save(path / "README.md")
     return path
+
+
+def _card(name: str, neurons: NeuronSet) -> ModelCard:
+    total = neurons.layers * neurons.neurons
+    about = (
+        f"{name or 'This model'} with {len(neurons)} of the {total} MLP neurons of its "
+        f"{neurons.site} switched off: their columns of the down projections are zeros. Everything "
+        "else is unchanged. It was made for measuring what these neurons do, with miner-lens "
+        "([MINER, arXiv 2410.04819](https://arxiv.org/abs/2410.04819))."
+    )
+    layers = ["| layer | neurons off |", "|---:|---:|"]
+    layers += [f"| {layer} | {count} |" for layer, count in enumerate(neurons.counts())]
+    call = (
+        "import miner_lens as ml\n\n"
+        f'neurons = ml.NeuronSet.from_pretrained("owner/name", subfolder="{ABLATED}")'
+    )
+    paragraphs = [about, "\n".join(layers), "Which neurons:", code(call, "python")]
+    return card(f"{name or 'Model'}, ablated", paragraphs, name, library="transformers")
+
+
+def _refuse_what_is_no_weight(model: Any, hf_model: Any) -> None:
+    """Refuse what would not be in the weights of a plain checkpoint, before anything is written."""
+    method = quantization(hf_model)
+    if method is not None:
+        raise ValueError(
+            f"Cannot write zeros into quantized weights ({method}). Bake the model as it is "
+            "unquantized, and quantize that checkpoint; or use ml.ablate, which needs no weights."
+        )
+    for module in model.modules():
+        for name, config in getattr(module, "peft_config", {}).items():
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError(
+                    f"The adapter {name!r} ({config.peft_type.value}) changes no weights, so a "
+                    "checkpoint would be without it. Bake model.get_base_model(), and load the "
+                    "adapter onto that checkpoint."
+                )
 
 
 def _weights_for(plain: Any, hf_model: Any) -> dict[str, Tensor]:
@@ -78,8 +122,8 @@ def _weights_for(plain: Any, hf_model: Any) -> dict[str, Tensor]:
     unreadable = [n for n, t in weights.items() if t.is_meta or not t.is_floating_point()]
     if unreadable:
         raise ValueError(
-            f"Cannot save weights that are offloaded or quantized ({unreadable[0]}, for one). Load "
-            "the model whole and unquantized to bake it."
+            f"Cannot save weights that are offloaded or no numbers ({unreadable[0]}, for one). "
+            "Load the model whole to bake it."
         )
     return weights
 
@@ -91,7 +135,13 @@ def _merged(hf_model: Any) -> dict[str, Tensor]:
         if hasattr(type(layer), "merge") and hasattr(type(layer), "get_base_layer"):
             layer = copy.deepcopy(layer)
             if not layer.disable_adapters:
-                layer.merge()
+                try:
+                    layer.merge()
+                except (ValueError, NotImplementedError, RuntimeError) as error:
+                    raise ValueError(
+                        f"The PEFT adapter of {name} cannot be merged into a weight ({error}). "
+                        "Bake model.get_base_model(), and load the adapter onto that checkpoint."
+                    ) from error
             for key, tensor in layer.get_base_layer().state_dict().items():
                 weights[f"{name}.{key}"] = tensor
     return weights

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import operator
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -53,6 +51,8 @@ class NeuronSet(Result):
         >>> image
         NeuronSet(2 of 8 neurons, 2 layers)
     """
+
+    filename: ClassVar[str] = "neurons.safetensors"
 
     layers: int
     neurons: int
@@ -316,6 +316,19 @@ class NeuronSet(Result):
         table.insert(0, "site", self.site)
         return table
 
+    def overview(self) -> pd.DataFrame:
+        """How many neurons of each layer it has, and their share of the layer.
+
+        Example:
+            >>> NeuronSet([(1, 2), (1, 0)], layers=2, neurons=4).overview()["share"].tolist()
+            [0.0, 0.5]
+        """
+        import pandas as pd
+
+        counts = self.counts()
+        shares = [count / self.neurons for count in counts]
+        return pd.DataFrame({"neurons": counts, "share": shares}).rename_axis("layer")
+
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the set holds."""
         metadata = {"layers": self.layers, "neurons": self.neurons, "site": self.site}
@@ -337,48 +350,6 @@ class NeuronSet(Result):
             means=tensors.get("means"),
             site=metadata.get("site"),
         )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        filename: str = "neurons.safetensors",
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Upload the set to a model repository of the Hugging Face hub, made if need be.
-
-        Returns:
-            The address of the commit.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "neurons.safetensors")
-            self.save(path)
-            commit = api.upload_file(
-                path_or_fileobj=path,
-                path_in_repo=filename,
-                repo_id=repo_id,
-                revision=revision,
-                commit_message=f"Upload {self!r}",
-            )
-        return str(commit.commit_url)
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        filename: str = "neurons.safetensors",
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> NeuronSet:
-        """Download a set that `push_to_hub` uploaded."""
-        from huggingface_hub import hf_hub_download
-
-        return cls.load(hf_hub_download(repo_id, filename, revision=revision, token=token))
 
     def _other(self, other: NeuronSet) -> Bool[Tensor, "layer neuron"]:
         if not isinstance(other, NeuronSet):

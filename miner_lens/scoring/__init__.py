@@ -4,5 +4,6 @@ from miner_lens.scoring.domain_counts import DomainCounts
 from miner_lens.scoring.hidden_states import HiddenStates
 from miner_lens.scoring.kinds import NeuronKinds
 from miner_lens.scoring.scores import ImportanceScores
+from miner_lens.scoring.selection import Selection
 
-__all__ = ["DomainCounts", "HiddenStates", "ImportanceScores", "NeuronKinds"]
+__all__ = ["DomainCounts", "HiddenStates", "ImportanceScores", "NeuronKinds", "Selection"]

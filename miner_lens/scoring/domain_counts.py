@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from miner_lens.models.identity import ModelIdentity, better_known
 from miner_lens.models.result import Result
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring import lape
-from miner_lens.scoring.scores import Selection
+from miner_lens.scoring.selection import Selection
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +43,8 @@ class DomainCounts(Result):
         >>> counts.select(top_rate=0.5, filter_rate=0.5, bar_ratio=0.5)["code"]
         NeuronSet(1 of 4 neurons, 1 layers)
     """
+
+    filename: ClassVar[str] = "domain-counts.safetensors"
 
     over_zero: Int[Tensor, "layer neuron domain"]
     tokens: Int[Tensor, " domain"]
@@ -179,6 +181,16 @@ class DomainCounts(Result):
             rows.append(f"{domain:<{name}}  {tokens:>9}  {share:>8.4f}")
         site = "" if self.site == "llm" else f", site={self.site!r}"
         return "\n".join([f"DomainCounts({layers} layers x {neurons} neurons{site}{model})", *rows])
+
+    def overview(self) -> pd.DataFrame:
+        """Of each domain, its tokens and the share of positive activations."""
+        import pandas as pd
+
+        columns = {
+            "tokens": self.tokens.tolist(),
+            "positive": self.probabilities.mean((0, 1)).tolist(),
+        }
+        return pd.DataFrame(columns, list(self.domains)).rename_axis("domain")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the counts holds."""

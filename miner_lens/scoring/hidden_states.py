@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class HiddenStates(Result):
         samples: By modality, the places of these samples in the data.
         identity: The model.
     """
+
+    filename: ClassVar[str] = "hidden-states.safetensors"
 
     means: Mapping[str, Float[Tensor, "sample layer d_model"]]
     drawn: Mapping[str, Float[Tensor, "sample layer token d_model"]]
@@ -131,6 +133,13 @@ class HiddenStates(Result):
         for name, states in self.means.items():
             lines.append(f"{name:<12} {len(states):>5} samples, {states.shape[-1]} dimensions")
         return "\n".join(lines)
+
+    def overview(self) -> pd.DataFrame:
+        """Of how many samples there are states, by modality."""
+        import pandas as pd
+
+        counts = {"samples": [len(states) for states in self.means.values()]}
+        return pd.DataFrame(counts, list(self.means)).rename_axis("modality")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the states holds."""

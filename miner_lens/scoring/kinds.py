@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,11 @@ from torch import Tensor
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.result import Result
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.scoring.scores import ImportanceScores, Selection
+from miner_lens.scoring.scores import ImportanceScores
+from miner_lens.scoring.selection import Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNKNOWN = "unknown"
 
@@ -70,6 +74,8 @@ class NeuronKinds(Result):
         identity: The model.
     """
 
+    filename: ClassVar[str] = "neuron-kinds.safetensors"
+
     shares: Float[Tensor, "kind layer neuron"]
     kinds: tuple[str, ...]
     samples: int
@@ -114,6 +120,14 @@ class NeuronKinds(Result):
         for kind, count in zip(self.kinds, counts, strict=True):
             lines.append(f"{kind:<10}  {count:>8}  {count / (layers * neurons):7.1%}")
         return "\n".join(lines)
+
+    def overview(self) -> pd.DataFrame:
+        """How many neurons are of each kind, and their share of all."""
+        import pandas as pd
+
+        counts = torch.bincount(self.labels.flatten(), minlength=len(self.kinds))
+        columns = {"neurons": counts.tolist(), "share": (counts / counts.sum()).tolist()}
+        return pd.DataFrame(columns, list(self.kinds)).rename_axis("kind")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the kinds holds."""

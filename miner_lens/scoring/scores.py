@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,19 +17,10 @@ from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring import select
 from miner_lens.scoring.aggregate import merge_info, mix
 from miner_lens.scoring.kernels import METRICS
+from miner_lens.scoring.selection import Selection
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class Selection(dict[str, NeuronSet]):
-    """Modality to `NeuronSet`, as `select` returns it; asking for another modality says why."""
-
-    def __missing__(self, modality: str) -> NeuronSet:
-        raise KeyError(
-            f"No neurons were selected for {modality!r}, only for {', '.join(self)}: it never "
-            "occurs in the data, or is not part of the split."
-        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,6 +58,8 @@ class ImportanceScores(Result):
         >>> scores.select(ratio=0.1)["image"]
         NeuronSet(15 of 300 neurons, 3 layers)
     """
+
+    filename: ClassVar[str] = "scores.safetensors"
 
     values: Float[Tensor, "metric modality layer neuron"]
     modalities: Sequence[str]
@@ -340,6 +333,15 @@ class ImportanceScores(Result):
         table = pd.DataFrame(values, index=index).reset_index()
         table.insert(0, "site", self.site)
         return table
+
+    def overview(self) -> pd.DataFrame:
+        """Of each modality, the samples that have it and its mean score by each metric."""
+        import pandas as pd
+
+        means = self.values.mean((2, 3)).T.cpu().numpy()
+        table = pd.DataFrame(means, list(self.modalities), list(self.metrics))
+        table.insert(0, "samples", list(self.occurrences))
+        return table.rename_axis("modality")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the scores holds."""

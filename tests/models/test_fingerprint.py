@@ -16,7 +16,7 @@ import miner_lens as ml
 from miner_lens.models.access import identity
 from miner_lens.models.fingerprint import VERSION
 from miner_lens.models.identity import ModelIdentity
-from tests.towers import vision_model
+from tests.towers import vision_inputs, vision_model
 
 
 def edit(name: str, where: Any) -> Callable[[Any], None]:
@@ -88,13 +88,46 @@ def test_quantized_models_are_compared_by_shape() -> None:
     before.check(found)
 
 
+def by_torchao(model: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def by_quanto(model: Any) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+@pytest.mark.parametrize("quantize", [by_torchao, by_quanto])
+def test_quantized_models_are_ablated_and_mined(quantize: Callable[[Any], None]) -> None:
+    model, inputs = vision_model(), vision_inputs()
+    neurons = ml.NeuronSet.of([(0, 3), (1, 40)], model)
+    quantize(model)
+    assert identity(model).fingerprint is None
+    with torch.no_grad():
+        intact = model(**inputs).logits
+        with ml.ablate(model, neurons):
+            ablated = model(**inputs).logits
+        assert not torch.equal(intact, ablated)
+        bridge = ml.wrap(model)
+        assert identity(bridge) == identity(model)
+        assert torch.equal(bridge.original_model(**inputs).logits, intact)
+        with ml.ablate(bridge, neurons):
+            assert torch.equal(bridge.original_model(**inputs).logits, ablated)
+    masks = {"text": inputs["input_ids"] > 0}
+    assert ml.mine(bridge, [(inputs, masks)], progress=False).values.any()
+
+
 def adapted(target: str, trained: bool = True) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=[target], r=4, init_lora_weights=not trained)
     return peft.get_peft_model(vision_model(), config).eval()
 
 
-@pytest.mark.parametrize("target", ["q_proj", "up_proj", "embed_tokens", "qkv"])
+@pytest.mark.parametrize(
+    "target", ["q_proj", "gate_proj", "up_proj", "down_proj", "fc2", "embed_tokens", "qkv"]
+)
 def test_active_adapters_are_another_model(target: str) -> None:
     before = identity(vision_model())
     assert identity(adapted(target, trained=False)) == before

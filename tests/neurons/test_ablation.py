@@ -15,6 +15,7 @@ from miner_lens.models import access as models
 from miner_lens.models import generation
 from tests.analyzers.test_reference_model import logits, model_inputs
 from tests.reference import REFERENCE, load
+from tests.towers import vision_inputs, vision_model
 
 LAYERS, NEURONS = 3, 96
 ANY_NEURONS = st.sets(
@@ -351,6 +352,60 @@ def test_gradients_under_every_option(
     for ours, theirs in zip(found, gradients(twin), strict=True):
         assert theirs.any()
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("value", ["zero", "min", "mean", 0.3])
+def test_gradients_through_a_tower(value: Any, complement: bool) -> None:
+    """As those of hooks that write out of place."""
+    inputs, layers, neurons = vision_inputs(), 3, 40
+    mask, means = torch.rand(layers, neurons) < 0.3, torch.randn(layers, neurons)
+    chosen = ml.NeuronSet.from_mask(mask, means=means, site="vision")
+    images = [int(grid.prod()) for grid in inputs["image_grid_thw"]]
+
+    def gradients(model: Any) -> list[torch.Tensor]:
+        with torch.enable_grad():
+            model(**inputs).logits.square().mean().backward()
+        return [block.mlp.fc1.weight.grad for block in model.model.visual.blocks]
+
+    with ml.ablate(model := vision_model(), chosen, value, complement=complement):
+        found = gradients(model)
+
+    twin = vision_model()
+    for layer, block in enumerate(twin.model.visual.blocks):
+
+        def write(module: Any, args: Any, x: Any, layer: int = layer) -> Any:
+            parts = x.split(images if len(x) == sum(images) else [len(x)])  # or the one video
+            lowest = torch.cat([part.min().expand(len(part)) for part in parts])[:, None]
+            new = {"zero": 0.0, "min": lowest, "mean": means[layer]}.get(value, value)
+            return torch.where(mask[layer] ^ complement, torch.as_tensor(new), x)
+
+        block.mlp.act.register_forward_hook(write)
+    for ours, theirs in zip(found, gradients(twin), strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("at", [None, "image"])
+@pytest.mark.parametrize("value", ["zero", "min", "mean", 0.3])
+def test_gradients_of_hooks_are_those_of_the_context(
+    bridge: Any, inputs: dict[str, Any], value: Any, at: Any, complement: bool
+) -> None:
+    chosen = neuron_set(*SOME, means=torch.randn(LAYERS, NEURONS))
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    hooks = ml.ablation_hooks(bridge, chosen, value, at, complement)
+    weights = [m.before.weight for m in models.mlps(bridge)]
+    with torch.enable_grad():
+        by_hooks = bridge.run_with_hooks(inputs["input_ids"], fwd_hooks=hooks, **rest)
+        with ml.ablate(bridge, chosen, value, at, complement):
+            by_context = bridge(inputs["input_ids"], **rest)
+        for one, other in zip(
+            torch.autograd.grad(by_hooks.sum(), weights),
+            torch.autograd.grad(by_context.sum(), weights),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
 
 
 def test_modalities_cannot_be_told_from_embeddings(bridge: Any, inputs: dict[str, Any]) -> None:

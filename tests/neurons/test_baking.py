@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import miner_lens as ml
 from miner_lens.models import access as models
 from tests.analyzers.test_reference_model import logits, model_inputs
 from tests.reference import load
+from tests.towers import vision_inputs, vision_model
 
 
 def some(model: Any) -> ml.NeuronSet:
@@ -36,7 +39,8 @@ def test_equals_ablation_by_zero(shapes: Any, tmp_path: Path) -> None:
     assert plain.config.tie_word_embeddings
     assert plain.generation_config.to_dict() == shapes.original_model.generation_config.to_dict()
     assert AutoProcessor.from_pretrained(path).chat_template == shapes.processor.chat_template
-    assert ml.NeuronSet.load(path / "ablated_neurons.safetensors") == neurons
+    assert ml.NeuronSet.from_pretrained(path / "ablated_neurons") == neurons
+    assert ml.NeuronSet.from_pretrained(path, subfolder="ablated_neurons") == neurons
     again = ml.load(path, device="cpu")
     with ml.ablate(shapes, neurons):
         assert ml.generate(again, sample.messages, 4) == ml.generate(shapes, sample.messages, 4)
@@ -64,6 +68,119 @@ def test_dtype_is_kept(tmp_path: Path) -> None:
     assert vars(half.original_model.config) == before
     assert half.original_model.config.dtype is torch.bfloat16
     assert AutoModelForImageTextToText.from_pretrained(path).dtype == torch.bfloat16
+
+
+def test_only_weights_lie_beside_weights(tiny: Any, tmp_path: Path) -> None:
+    """Serving engines take every safetensors file of the folder for weights."""
+    path = ml.bake(tiny, some(tiny), tmp_path / "baked")
+    names: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names |= set(weights.keys())
+    unbaked = tmp_path / "unbaked"
+    ml.unwrap(tiny).save_pretrained(unbaked)
+    with safe_open(unbaked / "model.safetensors", "pt") as weights:
+        assert names == set(weights.keys())
+
+
+def test_card(tiny: Any, tmp_path: Path) -> None:
+    tiny.original_model.config._name_or_path = "somebody/tiny"
+    found = ModelCard.load(ml.bake(tiny, some(tiny), tmp_path / "baked") / "README.md")
+    assert found.data.base_model == "somebody/tiny"
+    assert found.data.library_name == "transformers"
+    assert "modality-specific-neurons" in found.data.tags
+    assert "40 of the 288 MLP neurons of its llm" in found.text
+    assert "| 1 | 0 |" in found.text
+    tiny.original_model.config._name_or_path = "/home/me/tiny"
+    found = ModelCard.load(ml.bake(tiny, some(tiny), tmp_path / "again") / "README.md")
+    assert found.data.base_model is None
+    assert "/home/me" not in found.content
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**vision_inputs()).logits
+
+
+def adapted(config: str, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(vision_model(), getattr(peft, config)(**options)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("LoraConfig", {"target_modules": ["gate_proj", "down_proj", "fc1"]}),
+        ("LoraConfig", {"target_modules": ["down_proj"], "use_dora": True}),
+        ("IA3Config", {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}),
+        ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+    ],
+)
+def test_adapters_are_merged(config: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(config, **options)
+    neurons = ml.NeuronSet([(0, 1), (1, 5), (1, 6)], layers=2, neurons=48)
+    baked = AutoModelForImageTextToText.from_pretrained(ml.bake(model, neurons, tmp_path)).eval()
+    assert not torch.allclose(logits_of(model), logits_of(vision_model()), atol=1e-3)
+    with ml.ablate(model, neurons):
+        torch.testing.assert_close(logits_of(baked), logits_of(model), atol=1e-4, rtol=0)
+
+
+def test_adapters_that_are_no_weights(tmp_path: Path) -> None:
+    neurons = ml.NeuronSet([(0, 1)], layers=2, neurons=48)
+    prompts = adapted("PromptTuningConfig", task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"'default' \(PROMPT_TUNING\) changes no weights"):
+        ml.bake(prompts, neurons, tmp_path / "prompts")
+    options = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [5]}
+    lora = adapted("LoraConfig", target_modules=["q_proj"], **options)
+    with pytest.raises(ValueError, match=r"adapter of .*q_proj cannot be merged"):
+        ml.bake(lora, neurons, tmp_path / "lora")
+    assert not list(tmp_path.iterdir())
+
+
+def by_torchao() -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model := vision_model(), quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def by_quanto() -> Any:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model := vision_model(), weights=quanto.qint8)
+    quanto.freeze(model)
+    return model
+
+
+def by_config() -> Any:
+    model = vision_model()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    return model
+
+
+def by_dtype() -> Any:
+    model = vision_model()
+    down = model.get_decoder().layers[1].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("quantized", "method"),
+    [
+        (by_torchao, "Int8Tensor"),
+        (by_quanto, "WeightQBytesTensor"),
+        (by_config, "gptq"),
+        (by_dtype, "torch.int8"),
+    ],
+)
+def test_quantized_weights_are_refused(quantized: Any, method: str, tmp_path: Path) -> None:
+    neurons = ml.NeuronSet([(0, 1)], layers=2, neurons=48)
+    with pytest.raises(ValueError, match=rf"quantized weights \({method}\).*use ml.ablate"):
+        ml.bake(quantized(), neurons, tmp_path / "baked")
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals(tiny: Any, shapes: Any, tmp_path: Path) -> None:

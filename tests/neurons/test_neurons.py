@@ -4,7 +4,6 @@ import copy
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -371,43 +370,6 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
             make((1, 1)).save(path)
     assert list(NeuronSet.load(path)) == [(0, 1)]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    stored = tmp_path / "hub.safetensors"
-
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            seen["token"] = token
-
-        def create_repo(self, repo_id: str, **options: Any) -> None:
-            seen["create"] = (repo_id, options)
-
-        def upload_file(self, path_or_fileobj: Path, **options: Any) -> Any:
-            stored.write_bytes(path_or_fileobj.read_bytes())
-            seen["upload"] = options
-            return SimpleNamespace(commit_url="https://hub/commit")
-
-    def download(repo_id: str, filename: str, **options: Any) -> str:
-        seen["download"] = (repo_id, filename, options)
-        return str(stored)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    neurons = make((0, 1), (2, 2), identity=IDENTITY)
-    url = neurons.push_to_hub("me/msns", "image.safetensors", private=True, token="t")
-    assert url == "https://hub/commit"
-    assert seen["token"] == "t"
-    assert seen["create"] == ("me/msns", {"private": True, "exist_ok": True})
-    assert seen["upload"]["repo_id"] == "me/msns"
-    assert seen["upload"]["path_in_repo"] == "image.safetensors"
-    assert NeuronSet.from_hub("me/msns", "image.safetensors", revision="v1") == neurons
-    assert seen["download"] == (
-        "me/msns",
-        "image.safetensors",
-        {"revision": "v1", "token": None},
-    )
 
 
 def test_random_and_union() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import miner_lens as ml
 from tests.analyzers.test_reference_model import logits, model_inputs
-from tests.neurons.test_ablation import LAYERS, NEURONS, SOME, activations, neuron_set
+from tests.neurons.test_ablation import SOME, activations, neuron_set
 from tests.reference import REFERENCE, load
 
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference data")

@@ -1,0 +1,243 @@
+"""Media for tools that pass tokens only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformer_lens import patching
+
+import miner_lens as ml
+from tests.models.test_inside import llama_model
+from tests.towers import AUDIO, IMAGE, audio_inputs, audio_model, vision_inputs, vision_model
+
+
+def logits(model: Any, *args: Any, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(*args, **inputs)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+@pytest.fixture
+def sample(shapes: Any) -> tuple[Any, dict[str, Any]]:
+    (one,) = ml.datasets.load("easy-vqa", limit=1)
+    return shapes, ml.inputs(shapes, one.messages)
+
+
+@pytest.fixture
+def other(shapes: Any) -> dict[str, Any]:
+    """The same question about another picture."""
+    (one,) = ml.datasets.load("easy-vqa", limit=1)
+    data = ml.datasets.load("easy-vqa", limit=8)
+    first = one.messages[0]["content"]
+
+    def image(content: Any) -> Any:
+        return next(part["image"] for part in content if part["type"] == "image")
+
+    contents = [other.messages[0]["content"] for other in data]
+    picture = next(content for content in contents if image(content) != image(first))
+    parts = [part for part in picture if part["type"] == "image"]
+    parts += [part for part in first if part["type"] != "image"]
+    return ml.inputs(shapes, [{"role": "user", "content": parts}])
+
+
+def unpadded_images() -> dict[str, Any]:
+    """Two prompts of one length with an image each, of different size."""
+    inputs = vision_inputs()
+    images = torch.tensor([[1, 4, 4], [1, 2, 6]])
+    ids = [[5, 5, 92, *[IMAGE] * 4, 93, 6], [92, *[IMAGE] * 3, 93, 6, 7, 8, 9]]
+    pixels = inputs["pixel_values"][: int(images.prod(1).sum())]
+    found = {"input_ids": torch.tensor(ids), "pixel_values": pixels, "image_grid_thw": images}
+    kinds = (found["input_ids"] == IMAGE).int()
+    return found | {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(kinds)}
+
+
+def unpadded_sounds() -> dict[str, Any]:
+    """The first sample alone."""
+    inputs = audio_inputs()
+    real = inputs["attention_mask"][0].bool()
+    one = {name: inputs[name][:1, real] for name in ("input_ids", "attention_mask")}
+    clips = {name: inputs[name][:2] for name in inputs if name not in one}
+    return one | clips
+
+
+KINDS = {"vision": (vision_model, unpadded_images), "audio": (audio_model, unpadded_sounds)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_tokens_alone_are_enough(kind: str, wrapped: bool) -> None:
+    make, make_inputs = KINDS[kind]
+    plain, inputs = make(), make_inputs()
+    model = ml.wrap(plain) if wrapped else plain
+    model.modality_layout = ml.ModalityLayout({"image": IMAGE, "video": 91, "audio": AUDIO})
+    ids = inputs["input_ids"]
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    name = "input" if wrapped else "input_ids"
+    expected = logits(plain, **inputs)
+    with ml.bind(model, inputs) as bound_to:
+        assert bound_to is model
+        assert torch.equal(logits(model, ids), expected)
+        assert torch.equal(logits(model, **{name: ids}), expected)
+        assert torch.equal(logits(plain, input_ids=ids), expected)
+        assert torch.equal(logits(model, ids, **rest), expected)
+        tiled = logits(model, ids.repeat(2, 1))
+        torch.testing.assert_close(tiled, expected.repeat(2, 1, 1), atol=1e-5, rtol=0)
+        if wrapped:
+            assert torch.equal(model.run_with_hooks(ids, fwd_hooks=[]), expected)
+            cached, _ = model.run_with_cache(ids)  # which computes attention patterns
+            torch.testing.assert_close(cached, expected, atol=1e-5, rtol=0)
+    assert torch.equal(logits(plain, **inputs), expected)
+    assert len(plain._forward_pre_hooks) == wrapped
+
+
+def test_other_tokens(sample: Any) -> None:
+    """Text before the picture, which moves it, and a picture of one's own."""
+    model, inputs = sample
+    ids = inputs["input"]
+    before = ids[:, :1].repeat(1, 3)
+    longer = torch.cat([before, ids], 1)
+    kinds = inputs["mm_token_type_ids"]
+    whole = {
+        **inputs,
+        "input": longer,
+        "attention_mask": torch.ones_like(longer),
+        "mm_token_type_ids": torch.cat([torch.zeros_like(before), kinds], 1),
+    }
+    moved = {**inputs, "input": ids.flip(1), "mm_token_type_ids": kinds.flip(1)}
+    darker = {**inputs, "pixel_values": inputs["pixel_values"] - 1}
+    words = torch.arange(7, 16)[None]
+    with ml.bind(model, inputs):
+        assert torch.equal(logits(model, longer), logits(model, **whole))
+        assert torch.equal(logits(model, ids.flip(1)), logits(model, **moved))
+        own, alone = logits(model, **darker), logits(model, words)
+    assert torch.equal(own, logits(model, **darker))
+    assert torch.equal(alone, logits(model, words))
+    assert not torch.equal(own, logits(model, **inputs))
+
+
+def test_patching(sample: Any, other: dict[str, Any]) -> None:
+    """As by hooks of one's own on passes with all inputs."""
+    model, inputs = sample
+    tokens = inputs["input"]
+    assert torch.equal(other["input"], tokens)
+    kinds = model.modality_layout.masks(tokens)
+    pos = int(kinds["image"][0].nonzero()[3])
+    answers = logits(model, **inputs)[0, -1].topk(2).indices
+
+    def metric(found: torch.Tensor) -> torch.Tensor:
+        return found[0, -1, answers[0]] - found[0, -1, answers[1]]
+
+    with ml.bind(model, other), torch.no_grad():
+        _, clean = model.run_with_cache(tokens)
+    with ml.bind(model, inputs), torch.no_grad():
+        found = patching.get_act_patch_resid_pre(model, tokens, clean, metric)
+
+    def patch(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        x[:, pos] = clean["blocks.2.hook_resid_pre"][:, pos]
+        return x
+
+    rest = {name: value for name, value in inputs.items() if name != "input"}
+    hooks = [("blocks.2.hook_resid_pre", patch)]
+    with torch.no_grad():
+        by_hand = metric(model.run_with_hooks(tokens, fwd_hooks=hooks, **rest))
+        intact = metric(model(**inputs))
+    assert found[2, pos] == by_hand
+    assert by_hand != intact
+    assert found.shape == (model.cfg.n_layers, tokens.shape[1])
+
+
+def test_the_residual_stream_decomposes_at_media_too(sample: Any) -> None:
+    model, inputs = sample
+    images = model.modality_layout.masks(inputs["input"])["image"][0]
+    with torch.no_grad():
+        expected, unbound = model.run_with_cache(**inputs)
+        with ml.bind(model, inputs):
+            found, cache = model.run_with_cache(inputs["input"])
+            _, given = model.run_with_cache(**inputs)
+    assert torch.equal(found, expected)
+    last = cache["blocks.5.hook_resid_post"][0]
+    for one in (cache, given):
+        total = one.decompose_resid(layer=-1).sum(0)[0]
+        torch.testing.assert_close(total, last, atol=1e-4, rtol=0)
+        assert torch.equal(one["hook_embed"], one["blocks.0.hook_resid_pre"])
+    wrong = unbound.decompose_resid(layer=-1).sum(0)[0]
+    assert (wrong - last)[images].abs().max() > 1
+    assert torch.equal(unbound["hook_embed"][0][~images], cache["hook_embed"][0][~images])
+    # A hook writes what enters the first layer, once.
+    doubled = [("hook_embed", lambda x, hook: 2 * x)]
+    by_layer = [("blocks.0.hook_resid_pre", lambda x, hook: 2 * x)]
+    with torch.no_grad(), ml.bind(model, inputs):
+        one = model.run_with_hooks(inputs["input"], fwd_hooks=doubled)
+        assert torch.equal(one, model.run_with_hooks(inputs["input"], fwd_hooks=by_layer))
+    assert not torch.equal(one, expected)
+
+
+def test_ablation_sees_the_media(sample: Any) -> None:
+    model, inputs = sample
+    for site, options in (("llm", {"at": "image"}), ("vision", {"value": "min"})):
+        neurons = ~ml.NeuronSet.of([(0, 1)], model, site)
+        with ml.ablate(model, neurons, **options):
+            expected = logits(model, **inputs)
+            with ml.bind(model, inputs):
+                assert torch.equal(logits(model, inputs["input"]), expected)
+        with ml.bind(model, inputs), ml.ablate(model, neurons, **options):
+            assert torch.equal(logits(model, inputs["input"]), expected)
+            hooks = [] if site == "vision" else ml.ablation_hooks(model, neurons, **options)
+        if hooks:
+            with ml.bind(model, inputs), torch.no_grad():
+                assert torch.equal(model.run_with_hooks(inputs["input"], fwd_hooks=hooks), expected)
+
+
+def test_generation_inside(sample: Any) -> None:
+    model, inputs = sample
+    (one,) = ml.datasets.load("easy-vqa", limit=1)
+    expected = ml.generate(model, one.messages, 3)
+    with ml.bind(model, inputs):
+        assert ml.generate(model, one.messages, 3) == expected
+        ids = inputs["input"]
+        found = model.original_model.generate(ids, max_new_tokens=3, do_sample=False)
+        text = model.processor.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+        assert text == [expected]
+        with pytest.raises(ValueError, match=r"position_ids.*use ml\.generate"):
+            logits(model, ids, position_ids=torch.arange(ids.shape[1])[None])
+
+
+def test_contexts_leave_no_trace(sample: Any, other: dict[str, Any]) -> None:
+    model, inputs = sample
+    expected = logits(model, **inputs), logits(model, **other)
+    with ml.bind(model, inputs):
+        with pytest.raises(KeyError), ml.bind(model, other):  # noqa: PT012
+            assert torch.equal(logits(model, inputs["input"]), expected[1])
+            raise KeyError
+        assert torch.equal(logits(model, inputs["input"]), expected[0])
+    assert not torch.equal(logits(model, inputs["input"]), expected[0])
+
+
+def test_refusals(sample: Any) -> None:
+    model, inputs = sample
+    ids = inputs["input"]
+    image = model.modality_layout.media["image"]
+    with ml.bind(model, inputs):
+        with pytest.raises(ValueError, match=r"17 placeholders of image .* bound 16\."):
+            logits(model, torch.cat([ids, ids.new_tensor([[image]])], 1))
+        with pytest.raises(ValueError, match="16, 0 placeholders of image"):
+            logits(model, torch.cat([ids, torch.full_like(ids, 5)]))
+    padded = dict(inputs, attention_mask=inputs["attention_mask"].clone())
+    padded["attention_mask"][:, 0] = 0
+    with pytest.raises(ValueError, match=r"without padding.* one sample at a time"):
+        ml.bind(model, padded).__enter__()
+    with pytest.raises(ValueError, match=r"'input' or 'input_ids' and was given pixel_values"):
+        ml.bind(model, {"pixel_values": 1}).__enter__()
+    with pytest.raises(ValueError, match="No modality layout"):
+        ml.bind(llama_model(), {"input_ids": ids}).__enter__()
+
+
+def test_copies_are_bound_to_nothing(sample: Any) -> None:
+    model, inputs = sample
+    with ml.bind(model, inputs):
+        copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied, inputs["input"]), logits(model, inputs["input"]))
+    assert torch.equal(logits(copied, **inputs), logits(model, **inputs))
