@@ -20,7 +20,7 @@ from miner_lens.scoring import kernels
 from miner_lens.scoring.scores import ImportanceScores
 
 MEAN = kernels.METRICS.index("mean")
-AttentionMode = Literal["bidirectional", "causal"]
+AttentionMode = Literal["bidirectional", "causal"] | None
 
 
 class ImportanceAnalyzer(Analyzer[ImportanceScores]):
@@ -30,7 +30,8 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         attention: Which attention weighs the tokens: `"bidirectional"`, the head mean of
             softmax(QK^T / sqrt d) without a causal mask, as the published code computes it, or
             `"causal"`, the pattern that the model really has. A model that scales QK^T by another
-            number has its own scale in both.
+            number has its own scale in both. None: no attention is read, `attn_k` and `attn_q` are
+            0.
         data: A name of the data set, kept with the scores.
         site: Where the neurons live: `"llm"`, or a tower of the model, `"vision"`, `"audio"` or
             `"projector"`, in which only the tower's own modalities occur. A tower attends without
@@ -43,8 +44,10 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         data: str | None = None,
         site: str = "llm",
     ) -> None:
-        if attention not in ("bidirectional", "causal"):
-            raise ValueError(f"attention must be 'bidirectional' or 'causal', not {attention!r}.")
+        if attention not in ("bidirectional", "causal", None):
+            raise ValueError(
+                f"attention must be 'bidirectional', 'causal' or None, not {attention!r}."
+            )
         super().__init__(site)
         self.attention = attention
         self.data = data
@@ -68,7 +71,7 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
 
     def needs(self) -> list[AttentionSums]:
         """The attention sums of every layer, shared with other analyzers."""
-        return [self._sums]
+        return [] if self.attention is None else [self._sums]
 
     def points(self, model: Any) -> list[Point]:
         """X of every layer."""
@@ -80,17 +83,21 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
             self._see_tower(x, point, batch)
             return
         masks = batch.stacked.to(x.device)
-        sums = self._sums.of_layer(batch, point.layer)
-        self._add_scores(x, sums.to(x.device), masks, point, tuple(batch.masks), batch.parts)
+        if self.attention is None:
+            sums = _no_sums(masks)
+        else:
+            sums = self._sums.of_layer(batch, point.layer).to(x.device)
+        self._add_scores(x, sums, masks, point, tuple(batch.masks), batch.parts)
 
     def _see_tower(self, x: Tensor, point: Point, batch: TowerBatch) -> None:
         # Attention stays within an image or a frame, so each sample is one product by itself.
-        all_sums = self._sums.of_call(batch, point.layer)
+        unread = self.attention is None
+        all_sums = None if unread else self._sums.of_call(batch, point.layer)
         for number, (sample, start, stop) in enumerate(batch.spans):
             masks = batch.stacked[sample : sample + 1, :, : stop - start].to(x.device)
             rows = x[sample : sample + 1, : stop - start]
             if all_sums is None:
-                sums = torch.zeros(1, 2, *masks.shape[1:], device=x.device)
+                sums = _no_sums(masks)
             else:
                 sums = all_sums[number].to(x.device)
             self._add_scores(rows, sums, masks, point, tuple(batch.masks), None)
@@ -152,7 +159,8 @@ def mine(
     Args:
         model: A `TransformerBridge`, from `ml.load`, `ml.wrap` or TransformerLens itself.
         data: Samples, or prepared pairs `(model_inputs, masks)`.
-        attention: `"bidirectional"`, as published, or `"causal"`, as the model attends.
+        attention: `"bidirectional"`, as published, or `"causal"`, as the model attends. None, where
+            attention cannot be read, leaves `attn_k` and `attn_q` 0.
         batch_size: Samples in one forward pass, or `"auto"`; changes speed, not results.
         limit: So many samples at most, the first ones; a prepared pair counts as one.
         on_error: `"raise"` or `"skip"` samples that cannot be used.
@@ -180,6 +188,11 @@ def mine(
         checkpoint_every_samples=checkpoint_every_samples,
     )
     return scores
+
+
+def _no_sums(masks: Tensor) -> Tensor:
+    """Of no attention, [sample direction modality pos]."""
+    return torch.zeros(len(masks), 2, *masks.shape[1:], device=masks.device)
 
 
 def _require_plain_attention(model: Any) -> None:
