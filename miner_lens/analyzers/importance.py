@@ -96,10 +96,7 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         for number, (sample, start, stop) in enumerate(batch.spans):
             masks = batch.stacked[sample : sample + 1, :, : stop - start].to(x.device)
             rows = x[sample : sample + 1, : stop - start]
-            if all_sums is None:
-                sums = _no_sums(masks)
-            else:
-                sums = all_sums[number].to(x.device)
+            sums = _no_sums(masks) if all_sums is None else all_sums[number].to(x.device)
             self._add_scores(rows, sums, masks, point, tuple(batch.masks), None)
 
     def _add_scores(

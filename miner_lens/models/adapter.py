@@ -218,7 +218,7 @@ def _towers(hf_model: Any) -> dict[str, GeneralizedComponent]:
         media = tuple(m for stack in stacks(hf_model) for m in stack.modalities)
         for name, child in children(part(hf_model, beside)).items():
             path = joined(beside, name)
-            if "project" in name or "connector" in name and path not in towers:
+            if path not in towers and ("project" in name or "connector" in name):
                 below = _components(child, "")
                 component = LinearBridge(path) if _is_linear(child) else None
                 found[f"{_medium(media)}_projector"] = component or GeneralizedComponent(

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 UNKNOWN = (
     "Unknown model family {architecture}: neither TransformerLens nor an installed package has an "
-    "adapter for it, and {why}. To add one, write a TransformerLens ArchitectureAdapter and name it "
-    "in the entry-point group 'transformer_lens.architectures'; see docs/adding-a-model-family.md."
+    "adapter for it, and {why}. To add one, write a TransformerLens ArchitectureAdapter and name "
+    "it in the entry-point group 'transformer_lens.architectures'; see "
+    "docs/adding-a-model-family.md."
 )
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its

@@ -90,7 +90,7 @@ def _ensure(bridge: Any, hf_model: Any, path: str, name: str) -> bool:
     holder, _, last = path.rpartition(".")
     setattr(part(hf_model, holder), last, around)
     # Several modules of an opaque component cannot all have the short name.
-    name = "_".join(rest[:-1] + [name]) if name in component._modules or len(rest) > 2 else name
+    name = "_".join([*rest[:-1], name]) if name in component._modules or len(rest) > 2 else name
     # Not by add_module, as a component has all attributes of what it is around.
     component._modules[name] = around
     if isinstance(component, GeneralizedComponent):

@@ -33,8 +33,8 @@ from miner_lens.models import access as models
 from miner_lens.models import attention, generation, sites
 from miner_lens.running.batches import Item
 from miner_lens.scoring import kernels
-from tests.analyzers.test_reference_model import EACH_SAMPLE, logits, model_inputs
 from tests import towers
+from tests.analyzers.test_reference_model import EACH_SAMPLE, logits, model_inputs
 from tests.reference import REFERENCE, load
 
 
