@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.analyzers.attention_sums import AttentionSums
+from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
@@ -194,6 +196,14 @@ def _no_sums(masks: Tensor) -> Tensor:
 
 def _require_plain_attention(model: Any) -> None:
     """Refuse patterns other than softmax(scale QK^T) over all earlier tokens."""
+    takes = inspect.signature(hf_model_of(model).forward).parameters
+    if "token_type_ids" in takes:
+        # Which tokens see later ones follows from these: an image's, or all of a prompt's.
+        raise ValueError(
+            f"attention='causal' scores a causal pattern, but {type(hf_model_of(model)).__name__} "
+            "lets some tokens of a prompt attend to later ones (token_type_ids). Use "
+            "attention='bidirectional'."
+        )
     for layer, block in enumerate(model.blocks):
         attention = getattr(block.attn, "original_component", None) or block.attn
         # Some families keep the window on each layer, where it may be off, others in the config.

@@ -43,11 +43,10 @@ class Plain:
         self.model, self.inputs = FAMILIES[name].make()
         self.untouched = copy.deepcopy(self.model)
         self.logits = logits(self.untouched, self.inputs)
-        self.shape = shape_of(self.model)
         self.real = self.inputs["attention_mask"].bool()
         self.bridge = ml.wrap(self.model)
 
-    def close(self, ours: Tensor, theirs: Tensor, tolerance: float = 2e-5) -> None:
+    def close(self, ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
         """Equal at real tokens, to the last bit where attention is Hugging Face's own."""
         torch.testing.assert_close(ours[self.real], theirs[self.real], atol=tolerance, rtol=0)
 
@@ -156,7 +155,7 @@ def of_tower(plain: Plain, part: Part) -> tuple[list[str], Tensor]:
 
 def test_logits(family: Plain) -> None:
     ours = logits(family.bridge, family.inputs)
-    family.close(ours, family.logits, 2e-5 if family.name in REBUILT else 0)
+    family.close(ours, family.logits, 1e-5 if family.name in REBUILT else 0)
 
 
 def test_sites_are_those_that_are_there(family: Plain) -> None:
@@ -177,10 +176,8 @@ def test_scores_of_the_decoder(family: Plain) -> None:
     masks = models.layout(family.bridge).masks(family.inputs["input_ids"], family.real)
     data = [(family.inputs, masks)]
     scores = ml.mine(family.bridge, data, progress=False)
-    # Normalising divides by the range, which rounding in another attention then shows in.
-    tolerance = 2e-5 if family.name in REBUILT else 1e-5
     expected = of_decoder(family, masks)
-    torch.testing.assert_close(scores.values, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(scores.values, expected, atol=1e-5, rtol=0)
     assert set(scores.modalities) >= {"text", "special", "prompt"}
 
 
@@ -197,7 +194,7 @@ def test_scores_of_towers(family: Plain) -> None:
         )
         places = [scores.modalities.index(modality) for modality in modalities]
         ours = scores.values[:, places]
-        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0, msg=lambda m: f"{site}: {m}")
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
         assert ours[:3].amax() > 0
 
 
@@ -246,6 +243,9 @@ def unwrapped(family: Plain) -> Iterator[Any]:
 
 
 def test_unwrapped_is_as_never_wrapped(family: Plain) -> None:
+    # A first pass has Hugging Face put hooks of its own onto some models.
+    for one in (family.untouched, family.bridge):
+        generated(one, family.inputs)
     with unwrapped(family) as plain:
-        assert shape_of(plain) == family.shape
+        assert shape_of(plain) == shape_of(family.untouched)
         assert torch.equal(logits(plain, family.inputs), family.logits)
