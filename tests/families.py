@@ -90,13 +90,12 @@ def pictures(tokens: int, *shape: int) -> Inputs:
 
 def llava() -> Made:
     config = {"text_config": text(), "vision_config": CLIP, "image_token_id": IMAGE}
-    made = build("LlavaForConditionalGeneration", **config, vision_feature_layer=-1)
-    return made, pictures(4)
+    return build("LlavaForConditionalGeneration", **config), pictures(4)
 
 
 def llava_next() -> Made:
     config = {"text_config": text(), "vision_config": CLIP, "image_token_id": IMAGE}
-    config |= {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]], "vision_feature_layer": -1}
+    config |= {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
     model = build("LlavaNextForConditionalGeneration", **config)
     torch.manual_seed(4)
     # A high image of two tiles and one that fits four, beside the whole image each.

@@ -21,12 +21,12 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from miner_lens.models.sites import Decoder
 from miner_lens.models.structure import (
+    GATED,
     Stack,
+    attention_name,
     children,
     joined,
-    layer_of,
     mlp_names,
     part,
     plain,
@@ -112,8 +112,8 @@ class ReadArchitectureAdapter(ArchitectureAdapter):  # type: ignore[misc]
         }
 
     def _block(self, block: Any) -> dict[str, GeneralizedComponent]:
-        layer, norms, below = *_block_parts(block), children(block)
-        attention = part(block, layer.attention)
+        name, norms, below = *_block_parts(block), children(block)
+        attention = part(block, name)
         names = {NAMES.get(n, n): n for n, c in children(attention).items() if _is_linear(c)}
         norms_of_heads = {n: n for n in ("q_norm", "k_norm") if n in children(attention)}
         biased = any(getattr(part(attention, n), "bias", None) is not None for n in names.values())
@@ -121,13 +121,10 @@ class ReadArchitectureAdapter(ArchitectureAdapter):  # type: ignore[misc]
             self.weight_processing_conversions = self._qkvo_weight_conversions(
                 include_biases=biased
             )
-        mlp, _, act = layer.activation.rpartition(".")
-        gated = self._gated_mlp(mlp)
-        gated.submodules["act"] = GeneralizedComponent(name=act)
         return {
             **{ours: self._norm(theirs, below[theirs]) for theirs, ours in norms.items()},
             "attn": AttentionBridge(
-                name=layer.attention,
+                name=name,
                 config=self.cfg,
                 submodules={
                     **{ours: LinearBridge(name=theirs) for ours, theirs in names.items()},
@@ -136,8 +133,18 @@ class ReadArchitectureAdapter(ArchitectureAdapter):  # type: ignore[misc]
                 maintain_native_attention=True,
                 requires_attention_mask=True,
             ),
-            "mlp": gated,
+            "mlp": self._mlp(below["mlp"]),
         }
+
+    def _mlp(self, mlp: Any) -> GeneralizedComponent:
+        names = mlp_names(mlp)
+        if names is None:  # whatever it is, it runs as it is, and mining says what it lacks
+            return GeneralizedComponent(name="mlp")
+        gated = self._gated_mlp("mlp")
+        if names[1] not in GATED:
+            gated = GeneralizedComponent(name="mlp", submodules={"out": LinearBridge(names[2])})
+        gated.submodules["act"] = GeneralizedComponent(name=names[0])
+        return gated
 
     def _norm(self, name: str, norm: Any) -> GeneralizedComponent:
         if getattr(norm, "bias", None) is None:
@@ -153,34 +160,39 @@ def decoder_parts(hf_model: Any) -> dict[str, str]:
     Raises:
         ValueError: A part is missing, or of a kind that is not known.
     """
-    Decoder().mlps(hf_model)  # which says what a decoder without gated MLPs lacks
     decoder = plain(hf_model.get_decoder())
     named = {id(module): path for path, module in walk(hf_model)}
     below = children(decoder)
     final = next((name for name in FINAL_NORMS if name in below), None)
     head = hf_model.get_output_embeddings()
-    if final is None or head is None:
-        what = "norm after the last layer" if final is None else "projection onto the vocabulary"
-        raise ValueError(f"{type(hf_model).__name__} has no {what} that is known.")
+    known = {
+        "layers": "layers" in below,
+        "norm after the last layer": final is not None,
+        "projection onto the vocabulary": head is not None,
+    }
+    for what, there in known.items():
+        if not there:
+            raise ValueError(f"{type(hf_model).__name__} has no {what} that is known.")
     for block in children(below["layers"]).values():
         _block_parts(block)
     return {
         "embed": named[id(plain(hf_model.get_input_embeddings()))],
         "blocks": joined(named[id(decoder)], "layers"),
-        "ln_final": joined(named[id(decoder)], final),
+        "ln_final": joined(named[id(decoder)], str(final)),
         "unembed": named[id(plain(head))],
     }
 
 
-def _block_parts(block: Any) -> tuple[Any, dict[str, str]]:
-    layer, below = layer_of(block, ""), children(block)
+def _block_parts(block: Any) -> tuple[str, dict[str, str]]:
+    """The name of a layer's attention, and those of its norms."""
+    attention, below = attention_name(block), children(block)
     norms = SANDWICHED if "pre_feedforward_layernorm" in below else NORMS
-    if layer is None or layer.attention is None or not all(name in below for name in norms):
+    if attention is None or not {*norms, "mlp"} <= below.keys():
         raise ValueError(
-            f"The decoder's {type(block).__name__} has no attention, MLP and norms that are "
+            f"The decoder's {type(block).__name__} has no attention, mlp and norms that are "
             f"known, but {', '.join(below)}."
         )
-    return layer, norms
+    return attention, norms
 
 
 class TowerBlock(GeneralizedComponent):  # type: ignore[misc]

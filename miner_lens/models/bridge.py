@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES
+from miner_lens.models.structure import ACTIVATION_NAMES, part, walk
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -31,6 +31,9 @@ UNKNOWN = (
 _attention_names: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, str, str]]] = (
     weakref.WeakKeyDictionary()
 )
+
+# Attributes that TransformerLens has given to a wrapped model's modules, by the modules' names.
+_added: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = weakref.WeakKeyDictionary()
 
 
 def wrap(
@@ -62,6 +65,7 @@ def wrap(
     _require_adapter(hf_model)
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
+    attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
     # A text model's processor is its tokenizer.
     tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
@@ -74,6 +78,11 @@ def wrap(
     )
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
+    _added[hf_model] = [
+        (path, name)
+        for path, had in attributes.items()
+        for name in vars(part(hf_model, path)).keys() - had
+    ]
     bridge.processor = processor
     # Without a tokenizer some delimiters are unknown; `layout` looks again when one is there.
     bridge.modality_layout = (
@@ -130,6 +139,8 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
             config._attn_implementation = before
     for seen in _watching(hf_model):
         seen.stop()
+    for path, name in _added.pop(hf_model, ()):
+        vars(part(hf_model, path)).pop(name, None)
     _take_out(hf_model)
     retire(bridge)
     return hf_model  # type: ignore[no-any-return]
@@ -292,6 +303,10 @@ def _attach_activation(mlp: Any) -> bool:
             component = GeneralizedComponent(name=name)
             component.set_original_component(function)
             setattr(original, name, component)
+            # A fused gate-and-up projection is split by its component, which keeps the function.
+            for held in [held for held, module in mlp._modules.items() if module is function]:
+                del mlp._modules[held]
+                vars(mlp)[held] = component  # no second name of its hook points
             mlp.add_module("act", component)
             mlp.real_components["act"] = (name, component)
             return True

@@ -29,6 +29,8 @@ from miner_lens.models.structure import (
 )
 
 HOOKS = ("hook_rot_q", "hook_rot_k")
+# Of a fused gate and up projection the activation function takes a half.
+GATES = ("gate_proj", "gate_up_proj")
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,19 @@ class Decoder(Site):
 def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
     mlp: Any = getattr(layer, "mlp", None)
     activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
-    if not (hasattr(mlp, "gate_proj") and hasattr(mlp, "down_proj")) or activation is None:
+    gate = next((getattr(mlp, name) for name in GATES if hasattr(mlp, name)), None)
+    if gate is None or not hasattr(mlp, "down_proj") or activation is None:
+        what = "experts, which share its tokens" if hasattr(mlp, "experts") else type(mlp).__name__
         raise ValueError(
             f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "
-            f"down_proj and an activation), but {type(mlp).__name__}. Neurons are defined as "
+            f"down_proj and an activation), but {what}. Neurons are defined as "
             "the output of a gated MLP's activation function; this model has none to mine."
+        )
+    if not isinstance(activation, nn.Module):
+        raise ValueError(
+            f"Layer {index} of {type(hf_model).__name__} calls its activation function as "
+            f"{type(activation).__name__} and not as a module, so that nothing can be hooked there "
+            "and neurons can be neither read nor switched off."
         )
     if getattr(mlp, "_use_processed_weights", False):
         raise ValueError(
@@ -211,7 +221,7 @@ def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
             "off. Use the bridge without enable_compatibility_mode(), or with "
             "enable_compatibility_mode(no_processing=True)."
         )
-    return MLP(plain(activation), mlp.gate_proj, mlp.down_proj)
+    return MLP(plain(activation), gate, mlp.down_proj)
 
 
 def sites(hf_model: Any) -> dict[str, Site]:

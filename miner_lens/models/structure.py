@@ -20,6 +20,7 @@ from miner_lens.models.packages import described
 ENTRY_POINTS = "miner_lens.sites"
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 GATED = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")  # the activation function takes a half of the first
 
 # The linear layers of a plain MLP, with the activation function beside them, where transformers'
 # modules have one, or between them, where they are a sequence.
@@ -134,6 +135,8 @@ def mlp_names(module: Any) -> tuple[str, str, str] | None:
     if act is not None:
         if all(name in below for name in GATED):
             return act, GATED[0], GATED[2]
+        if all(name in below for name in FUSED):
+            return act, *FUSED
         for before, down in _PLAIN:
             if before in below and down in below:
                 return act, before, down
@@ -152,17 +155,22 @@ def mlp_names(module: Any) -> tuple[str, str, str] | None:
 
 def layer_of(block: Any, path: str) -> Layer | None:
     """A block's MLP and attention by their names; None where it has no MLP with an activation."""
-    found = None
-    attention = None
-    for name, module in ((name, module) for name, module in walk(block) if name.count(".") < 2):
-        if found is None and (names := mlp_names(module)) is not None:
-            found = tuple(joined(path, name, one) for one in names)
-        if attention is None and name and _attends(module):
-            attention = joined(path, name)
-    if found is None:
-        return None
-    activation, before, down = found
-    return Layer(activation, before, down, attention)
+    for name, module in _near(block):
+        names = mlp_names(module)
+        if names is not None:
+            activation, before, down = (joined(path, name, one) for one in names)
+            attention = attention_name(block)
+            return Layer(activation, before, down, attention and joined(path, attention))
+    return None
+
+
+def attention_name(block: Any) -> str | None:
+    """The name of a block's attention, or None where none is by transformers' interface."""
+    return next((name for name, module in _near(block) if name and _attends(module)), None)
+
+
+def _near(block: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in walk(block) if name.count(".") < 2)
 
 
 def _attends(module: Any) -> bool:
