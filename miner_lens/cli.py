@@ -46,33 +46,22 @@ def demo(
 
 @app.command()
 def info(model: Model) -> None:
-    """Show a model's sites, layers, neurons and modalities."""
-    import torch
+    """Show a model's sites, layers, neurons, modalities and hook points, and what is missing."""
     from rich.console import Console
     from rich.table import Table
 
-    from miner_lens.models import access as models
-    from miner_lens.models import sites
-    from miner_lens.models.inside import hf_model_of
+    from miner_lens.models.description import describe
 
     bridge = _load(model)
     with _clear_errors():
-        places = sites.sites(hf_model_of(bridge))
-        identities = {name: models.identity(bridge, name) for name in places}
-    try:
-        known = models.layout(bridge)
-        modalities = ", ".join(known.masks(torch.zeros(1, 1, dtype=torch.long)))
-    except ValueError:
-        modalities = "unknown: this family has no modality layout"
-    who = identities["llm"]
-    table = Table(title=f"{who.name} ({who.architecture})")
+        found = describe(bridge)
+    table = Table(title=f"{found.name} ({found.architecture})")
     for column in ("site", "layers", "neurons per layer", "modalities"):
         table.add_column(column)
-    for name, place in places.items():
-        here = identities[name]
-        seen = modalities if name == "llm" else ", ".join(getattr(place, "modalities", ()))
-        table.add_row(name, str(here.layers), str(here.neurons), seen)
+    for site in found.sites:
+        table.add_row(site.name, str(site.layers), str(site.neurons), ", ".join(site.modalities))
     Console().print(table)
+    typer.echo("\n".join(found.details))
 
 
 @app.command()

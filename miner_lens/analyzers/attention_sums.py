@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from miner_lens.models import sites
 from miner_lens.models.attention import scale_of
-from miner_lens.running.batch import Batch, TowerBatch, TowerPass
+from miner_lens.running.batch import Batch, TowerBatch
 from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
 
@@ -35,6 +35,8 @@ class AttentionSums:
 
     site: str = "llm"
     causal: bool = False
+    # Whether `weights` are of each token; otherwise of a modality as a whole.
+    by_token: ClassVar[bool] = True
 
     def hooks(self, model: Any, running: Running) -> list[Hook]:
         """Hooks on queries and keys, or on what they are made of."""
@@ -44,14 +46,14 @@ class AttentionSums:
         hooks: list[Hook] = []
         for layer in layers:
             if isinstance(site, sites.Tower):
-                points: tuple[str, ...] = site.attention_points(layer)
-                reader = _TowerLayer(self, site, hf_model, layer, len(points), running)
-                hooks += [(point, reader.see) for point in points]
+                for part, point in enumerate(site.attention_points(layer)):
+                    attention = site.attentions()[layer]
+                    hooks.append((point, partial(self._see_part, layer, part, attention, running)))
             else:
                 query, key = sites.Decoder().rotated_points(layer)
                 hooks.append((query, partial(self._see_query, layer, running)))
-                scale = scale_of(model.blocks[layer].attn)
-                hooks.append((key, partial(self._see_key, layer, scale, running)))
+                attention = model.blocks[layer].attn
+                hooks.append((key, partial(self._see_key, layer, attention, running)))
         return hooks
 
     def weights(self, query: Tensor, key: Tensor, masks: Tensor, **options: Any) -> Tensor:
@@ -70,8 +72,61 @@ class AttentionSums:
         return sums
 
     def of_call(self, batch: TowerBatch, layer: int) -> list[Tensor] | None:
-        """A layer's sums in a call of a tower, for each of its spans; None without attention."""
-        sums: list[Tensor] | None = self.kept(batch.whole).get((layer, batch.call))
+        """A layer's sums in a call of a tower, for each of its spans; None without attention.
+
+        To be asked when the layer's X is there, and so all of its attention has been seen.
+
+        Raises:
+            RuntimeError: The tower has attention, and no queries and keys were seen.
+        """
+        kept = self.kept(batch.whole)
+        if (layer, batch.call) not in kept:
+            seen = kept.pop(("seen", layer), None)
+            if seen is None and batch.whole.towers[self.site].tower.attention_points(layer):
+                raise RuntimeError(NO_ROTATED)
+            kept[layer, batch.call] = None if seen is None else self._sums(batch, layer, *seen)
+        sums: list[Tensor] | None = kept[layer, batch.call]
+        return sums
+
+    def _sums(
+        self,
+        batch: TowerBatch,
+        layer: int,
+        queries: list[Tensor],
+        keys: list[Tensor],
+        attention: Any,
+    ) -> list[Tensor]:
+        # Some families call attention once for each image or window, some for all items at once.
+        sizes = tuple(part.shape[1] for part in queries for _ in part)
+        query, key = (torch.cat([p.flatten(0, 1) for p in part]) for part in (queries, keys))
+        if len(query) != len(batch.rows.items):
+            raise RuntimeError(
+                f"Attention of layer {layer} in site {self.site!r} has {len(query)} queries where "
+                f"the MLP has {len(batch.rows.items)} rows. Score without it: "
+                'metrics=("prob", "mean", "max").'
+            )
+        stretches = batch.whole.once(
+            ("segments", self.site, batch.call, sizes, query.device),
+            lambda: _stretches(batch, sizes, query.device),
+        )
+        view = batch.stacked
+        sums = []
+        for (sample, start, stop), (real, segments) in zip(batch.spans, stretches, strict=True):
+            masks = view[sample : sample + 1, :, : stop - start].to(query.device)
+            q, k = query[start:stop], key[start:stop]
+            if real is not None:
+                q, k, masks = q[real], k[real], masks[..., real]
+            found = self.weights(
+                q.transpose(0, 1)[None],
+                k.transpose(0, 1)[None],
+                masks,
+                segments=segments,
+                scale=scale_of(attention),
+            )
+            if real is not None and self.by_token:
+                among = found.new_zeros(*found.shape[:-1], stop - start)
+                found = among.index_copy_(-1, real, found)
+            sums.append(found)
         return sums
 
     def kept(self, batch: Batch) -> dict[Any, Any]:
@@ -83,7 +138,7 @@ class AttentionSums:
             self.kept(batch)["query"] = query.detach()
 
     def _see_key(
-        self, layer: int, scale: float | None, running: Running, key: Tensor, hook: Any
+        self, layer: int, attention: Any, running: Running, key: Tensor, hook: Any
     ) -> None:
         batch = running()
         if batch is None:
@@ -99,9 +154,19 @@ class AttentionSums:
             key.detach().transpose(1, 2),
             batch.stacked.to(key.device),
             mask=None if padding is None else padding.to(key.device),
-            scale=scale,
+            scale=scale_of(attention),
         )
         kept[layer] = sums
+
+    def _see_part(
+        self, layer: int, part: int, attention: Any, running: Running, x: Tensor, hook: Any
+    ) -> None:
+        """A hook on a tower's queries (part 0) or keys (part 1), [item row head d_head]."""
+        batch = running()
+        if batch is None:
+            raise RuntimeError(OUTSIDE.format(tower=self.site))
+        seen = self.kept(batch).setdefault(("seen", layer), ([], [], attention))
+        seen[part].append(x.detach())
 
 
 @dataclass(frozen=True)
@@ -127,6 +192,8 @@ class ReceivedAttention(AttentionSums):
 class LargestAttention(AttentionSums):
     """Reads the largest attention within each modality, of which no weights are made."""
 
+    by_token: ClassVar[bool] = False
+
     def weights(
         self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
     ) -> Float[Tensor, "batch modality"]:
@@ -134,58 +201,21 @@ class LargestAttention(AttentionSums):
         return kernels.largest_attention(query, key, masks, causal=self.causal, **options)
 
 
-class _TowerLayer:
-    """Reads one layer of a tower."""
+Stretch = tuple[Int[Tensor, " real"] | None, kernels.Segments]
 
-    def __init__(
-        self,
-        shared: AttentionSums,
-        tower: sites.Tower,
-        hf_model: Any,
-        layer: int,
-        points: int,
-        running: Running,
-    ) -> None:
-        self._shared, self._tower, self._hf_model = shared, tower, hf_model
-        self._layer, self._points, self._running = layer, points, running
 
-    def see(self, tensor: Tensor, hook: Any) -> None:
-        """A hook on each of the layer's attention points."""
-        batch = self._running()
-        if batch is None:
-            raise RuntimeError(OUTSIDE.format(tower=self._tower.name))
-        kept = self._shared.kept(batch)
-        seen = kept.setdefault(("seen", self._layer), [])
-        seen.append(tensor.detach())
-        if len(seen) < self._points:
-            return
-        kept["seen", self._layer] = []
-        call = kept.get(("call", self._layer), 0)
-        kept["call", self._layer] = call + 1
-        tower = TowerPass.of(batch, self._hf_model, self._tower.name)
-        here = batch.once(
-            ("rotary", self._tower.name, call), lambda: self._here(tower, call, tensor.device)
-        )
-        rotary, segments = here
-        query, key = self._tower.queries_and_keys(self._hf_model, tuple(seen), rotary)
-        spans = tower.spans[call]
-        view = tower.view(call, query.device)
-        kept[self._layer, call] = [
-            self._shared.weights(
-                query[start:stop].transpose(0, 1)[None],
-                key[start:stop].transpose(0, 1)[None],
-                view.stacked[sample : sample + 1, :, : stop - start],
-                segments=segments[number],
-            )
-            for number, (sample, start, stop) in enumerate(spans)
-        ]
+def _stretches(batch: TowerBatch, sizes: tuple[int, ...], device: torch.device) -> list[Stretch]:
+    """Of each span: its rows that are not padding, None if all are, and which attend to which.
 
-    def _here(self, tower: TowerPass, call: int, device: torch.device) -> tuple[Any, list[Any]]:
-        """What is known of a call's rows, brought to a device once, not in each layer."""
-        found = tower.calls[call]
-        rotary = self._tower.rotary(self._hf_model, tower.batch.inputs, found.modality, device)
-        segments = [
-            kernels.Segments.of(found.rows.segments[start:stop], device)
-            for _, start, stop in tower.spans[call]
-        ]
-        return rotary, segments
+    Rows attend to those that attention was called with, and only within an image, video or clip.
+    """
+    items, real = batch.rows.items, batch.rows.real
+    calls = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    numbers = calls * (int(items[-1]) + 1) + items
+    found: list[Stretch] = []
+    for _, start, stop in batch.spans:
+        here, own = real[start:stop], numbers[start:stop]
+        rows = None if bool(here.all()) else here.nonzero()[:, 0]
+        segments = kernels.Segments.of(own if rows is None else own[rows], device)
+        found.append((None if rows is None else rows.to(device), segments))
+    return found

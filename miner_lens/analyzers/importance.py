@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.analyzers.attention_sums import AttentionSums, ReceivedAttention
+from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
@@ -241,6 +243,15 @@ def _checked(metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _require_plain_attention(model: Any, attended: bool) -> None:
     """Refuse patterns other than softmax(scale QK^T) over all earlier tokens."""
+    what = "The metric attended" if attended else "attention='causal'"
+    other_way = "Leave it out" if attended else "Use attention='bidirectional'"
+    takes = inspect.signature(hf_model_of(model).forward).parameters
+    if "token_type_ids" in takes:
+        # Which tokens see later ones follows from these: an image's, or all of a prompt's.
+        raise ValueError(
+            f"{what} scores a causal pattern, but {type(hf_model_of(model)).__name__} lets some "
+            f"tokens of a prompt attend to later ones (token_type_ids). {other_way}."
+        )
     for layer, block in enumerate(model.blocks):
         attention = getattr(block.attn, "original_component", None) or block.attn
         # Some families keep the window on each layer, where it may be off, others in the config.
@@ -256,8 +267,6 @@ def _require_plain_attention(model: Any, attended: bool) -> None:
         }
         found = [name for name, present in other.items() if present]
         if found:
-            what = "The metric attended" if attended else "attention='causal'"
-            other_way = "Leave it out" if attended else "Use attention='bidirectional'"
             raise ValueError(
                 f"{what} scores plain softmax(scale QK^T), but layer {layer} of "
                 f"this model attends with {' and '.join(found)}. {other_way}."

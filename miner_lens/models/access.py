@@ -13,7 +13,7 @@ from miner_lens.models.fingerprint import fingerprint, has_weight
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.inside import bare, hf_model_of, model_name, processor_of
 from miner_lens.models.modality import ModalityLayout, layout_for
-from miner_lens.models.sites import MLP
+from miner_lens.models.structure import MLP
 
 
 def mlps(model: Any, site: str = "llm") -> list[MLP]:

@@ -1,7 +1,8 @@
 """Queries and keys after RoPE, at TransformerLens's own hook points, while attention stays fused.
 
-TransformerLens gives every rotary attention `hook_rot_q` and `hook_rot_k`, but where it keeps
-the Hugging Face attention (multimodal RoPE needs that) nothing fires them. Hugging Face lets a
+TransformerLens gives every rotary attention of a decoder `hook_rot_q` and `hook_rot_k`, and
+`miner_lens.models.opening` those of towers, but where the Hugging Face attention is kept
+(multimodal RoPE needs that) nothing fires them. Hugging Face lets a
 named function compute attention from queries and keys after RoPE; the ones registered here fire
 those hook points and then do what the built-in function of that name does, bit for bit.
 
@@ -23,6 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from miner_lens.models.inside import hf_model_of
+from miner_lens.models.sites import HOOKS, Tower, sites
+
 HOOKED = {"eager": "hooked_eager", "sdpa": "hooked_sdpa"}
 
 REBUILT = (
@@ -37,11 +41,20 @@ Output = tuple[Tensor, Tensor | None]
 # Where a Hugging Face attention keeps the bridge around it: not among its modules, and not in a
 # table of ours, which a deep copy would not be in.
 BRIDGE = "_miner_lens_bridge"
+# And what it has multiplied QK^T by; some have it in the queries already, and multiply by 1.
+SCALE = "_miner_lens_scale"
 
 
 def attentions_of(bridge: Any) -> list[Any]:
     """The decoder's attention components, one per layer that has one."""
     return [block.attn for block in bridge.blocks if "attn" in block._modules]
+
+
+def tower_attentions(bridge: Any) -> list[Any]:
+    """The attention components of all towers, which leave attention to Hugging Face."""
+    towers = [place for place in sites(hf_model_of(bridge)).values() if isinstance(place, Tower)]
+    found = (one for tower in towers for one in tower.attentions())
+    return [one for one in found if one is not None and _delegates(one)]
 
 
 def rebuilt(attentions: list[Any]) -> list[Any]:
@@ -50,31 +63,31 @@ def rebuilt(attentions: list[Any]) -> list[Any]:
 
 
 def scale_of(attention: Any) -> float | None:
-    """What a layer's attention multiplies QK^T by, or None where its module does not say."""
+    """What a layer's attention multiplies QK^T by, or None where its module does not say.
+
+    Of native attention it is what the last call said.
+    """
     module = getattr(attention, "original_component", None) or attention
-    scale = getattr(module, "scaling", None)
+    scale = vars(module).get(SCALE, getattr(module, "scaling", None))
     return float(scale) if isinstance(scale, int | float) else None
 
 
-def install(attentions: list[Any]) -> None:
-    """Make native attention bridges fire `hook_rot_q` and `hook_rot_k`.
+def install(bridge: Any) -> None:
+    """Make native attention fire `hook_rot_q` and `hook_rot_k`, in the decoder and in towers.
 
     Idempotent. The computation stays what the config names (eager or sdpa), bit for bit; with
-    sdpa, a layer whose `hook_pattern` is being read computes its pattern explicitly.
-
-    Args:
-        attentions: TransformerLens attention bridges, one per layer. Those that rebuild
-            attention themselves fire the hooks already and are left alone.
+    sdpa, a layer whose `hook_pattern` is being read computes its pattern explicitly. Attention
+    that TransformerLens rebuilds fires the hooks already and is left alone.
     """
-    for bridge in attentions:
-        if _config(bridge) is not None:
-            vars(bridge.original_component)[BRIDGE] = bridge
-    keep(configs_of(attentions))
+    for one in _native(bridge):
+        vars(one.original_component)[BRIDGE] = one
+    keep(configs_of(bridge))
 
 
-def configs_of(attentions: list[Any]) -> list[Any]:
+def configs_of(bridge: Any) -> list[Any]:
     """The configs that name the function of native attention, each once."""
-    return list({id(one): one for one in map(_config, attentions) if one is not None}.values())
+    found = (one.original_component.config for one in _native(bridge))
+    return list({id(config): config for config in found}.values())
 
 
 def keep(configs: list[Any]) -> None:
@@ -84,26 +97,27 @@ def keep(configs: list[Any]) -> None:
             config._attn_implementation = HOOKED[config._attn_implementation]
 
 
-def uninstall(attentions: list[Any]) -> None:
+def uninstall(bridge: Any) -> None:
     """Have Hugging Face compute attention by its own functions again, undoing `install`."""
     own = {hooked: name for name, hooked in HOOKED.items()}
-    for config in configs_of(attentions):
+    for config in configs_of(bridge):
         name = config._attn_implementation
         config._attn_implementation = own.get(name, name)
-    for bridge in attentions:
-        vars(bridge.original_component).pop(BRIDGE, None)
+    for one in _native(bridge):
+        for name in (BRIDGE, SCALE):
+            vars(one.original_component).pop(name, None)
 
 
 @contextmanager
-def fused(attentions: list[Any]) -> Iterator[None]:
+def fused(bridge: Any) -> Iterator[None]:
     """Compute native attention fused and hooked, whatever the model's own setting is.
 
     Eager attention would take memory for its pattern, and other functions (flash attention) fire
     no hooks. The model's setting comes back afterwards. Attention that TransformerLens rebuilds
     cannot be fused; its own hooks are used, and a warning says so.
     """
-    configs = [config for config in map(_config, attentions) if config is not None]
-    if len(configs) < len(attentions):
+    configs = configs_of(bridge)
+    if rebuilt(attentions_of(bridge)):
         warnings.warn(REBUILT, stacklevel=2)
     former = [config._attn_implementation for config in configs]
     try:
@@ -113,6 +127,22 @@ def fused(attentions: list[Any]) -> Iterator[None]:
     finally:
         for config, name in zip(configs, former, strict=True):
             config._attn_implementation = name
+
+
+def _native(bridge: Any) -> list[Any]:
+    decoder = [one for one in attentions_of(bridge) if _config(one) is not None]
+    return decoder + tower_attentions(bridge)
+
+
+def _delegates(component: Any) -> bool:
+    """Whether a tower's attention is Hugging Face's own, by the interface that its config names."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    forward = type(component).forward
+    own = forward is GeneralizedComponent.forward or forward is AttentionBridge.forward
+    config = getattr(component.original_component, "config", None)
+    return own and hasattr(config, "_attn_implementation")
 
 
 def _config(bridge: Any) -> Any:
@@ -126,10 +156,14 @@ def _config(bridge: Any) -> Any:
     return getattr(bridge.original_component, "config", None)
 
 
-def _rotated(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Any, Tensor, Tensor]:
+def _rotated(
+    module: nn.Module, query: Tensor, key: Tensor, scaling: float | None = None
+) -> tuple[Any, Tensor, Tensor]:
     bridge = vars(module).get(BRIDGE)
-    if bridge is None or not hasattr(bridge, "hook_rot_q"):
+    if bridge is None or not hasattr(bridge, HOOKS[0]):
         return bridge, query, key
+    if scaling is not None:
+        vars(module)[SCALE] = scaling
     return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
 
 
@@ -163,7 +197,7 @@ def _hooked_eager(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Output:
-    _, query, key = _rotated(module, query, key)
+    _, query, key = _rotated(module, query, key, kwargs.get("scaling"))
     return _eager(module)(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -175,8 +209,8 @@ def _hooked_sdpa(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Output:
-    bridge, query, key = _rotated(module, query, key)
-    if bridge is not None and (bridge.hook_pattern.has_hooks() or _reads_scores(bridge)):
+    bridge, query, key = _rotated(module, query, key, kwargs.get("scaling"))
+    if _reads_pattern(bridge):
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
         attention_mask = _additive(attention_mask, causal, query, key)
         return _eager(module)(module, query, key, value, attention_mask, **kwargs)
@@ -184,8 +218,9 @@ def _hooked_sdpa(
     return output
 
 
-def _reads_scores(bridge: Any) -> bool:
-    return bool(bridge.hook_attn_scores.has_hooks())
+def _reads_pattern(bridge: Any) -> bool:
+    points = (getattr(bridge, name, None) for name in ("hook_pattern", "hook_attn_scores"))
+    return any(point is not None and point.has_hooks() for point in points)
 
 
 AttentionInterface.register(HOOKED["eager"], _hooked_eager)

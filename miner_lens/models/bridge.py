@@ -8,21 +8,32 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.modality import layout_for
-from miner_lens.models.sites import ACTIVATION_NAMES
+from miner_lens.models.structure import ACTIVATION_NAMES, part, walk
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, ProcessorMixin
+
+UNKNOWN = (
+    "Unknown model family {architecture}: neither TransformerLens nor an installed package has an "
+    "adapter for it, and {why}. To add one, write a TransformerLens ArchitectureAdapter and name "
+    "it in the entry-point group 'transformer_lens.architectures'; see "
+    "docs/adding-a-model-family.md."
+)
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
 # attention function before, and the name after.
 _attention_names: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, str, str]]] = (
     weakref.WeakKeyDictionary()
 )
+
+# Attributes that TransformerLens has given to a wrapped model's modules, by the modules' names.
+_added: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = weakref.WeakKeyDictionary()
 
 
 def wrap(
@@ -51,9 +62,10 @@ def wrap(
             f"This {architecture} is inside a TransformerBridge already. "
             "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
-    require_adapter(architecture)
+    _require_adapter(hf_model)
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
+    attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
     # A text model's processor is its tokenizer.
     tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
@@ -66,6 +78,11 @@ def wrap(
     )
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
+    _added[hf_model] = [
+        (path, name)
+        for path, had in attributes.items()
+        for name in vars(part(hf_model, path)).keys() - had
+    ]
     bridge.processor = processor
     # Without a tokenizer some delimiters are unknown; `layout` looks again when one is there.
     bridge.modality_layout = (
@@ -116,12 +133,14 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
             "This bridge is in compatibility mode with processed weights, and the former weights "
             "are gone. Load the model again."
         )
-    attention.uninstall(attention.attentions_of(bridge))
+    attention.uninstall(bridge)
     for config, before, after in _attention_names.pop(hf_model, ()):
         if config._attn_implementation == after:  # or somebody has set another since
             config._attn_implementation = before
     for seen in _watching(hf_model):
         seen.stop()
+    for path, name in _added.pop(hf_model, ()):
+        vars(part(hf_model, path)).pop(name, None)
     _take_out(hf_model)
     retire(bridge)
     return hf_model  # type: ignore[no-any-return]
@@ -166,12 +185,16 @@ def prepare(bridge: Any) -> Any:
     from miner_lens.models import attention
 
     hf_model = hf_model_of(bridge)
-    attention.install(attention.attentions_of(bridge))
     if _watching(hf_model):
+        attention.install(bridge)
         return bridge
+    from miner_lens.models.opening import open_towers
+
     blocks = list(bridge.blocks)
     added = [_attach_activation(block.mlp) for block in blocks if "mlp" in block._modules]
-    if any(added):
+    opened = open_towers(bridge, hf_model)
+    attention.install(bridge)
+    if opened or any(added):
         bridge._scan_existing_hooks(bridge, "")
         driver = bridge._driver
         driver.supported_hook_points |= (
@@ -182,7 +205,7 @@ def prepare(bridge: Any) -> Any:
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
     seen = PassInputs()
-    seen.configs = attention.configs_of(attention.attentions_of(bridge))
+    seen.configs = attention.configs_of(bridge)
     seen.watch(hf_model)
     return bridge
 
@@ -280,26 +303,52 @@ def _attach_activation(mlp: Any) -> bool:
             component = GeneralizedComponent(name=name)
             component.set_original_component(function)
             setattr(original, name, component)
+            # A fused gate-and-up projection is split by its component, which keeps the function.
+            for held in [held for held, module in mlp._modules.items() if module is function]:
+                del mlp._modules[held]
+                vars(mlp)[held] = component  # no second name of its hook points
             mlp.add_module("act", component)
             mlp.real_components["act"] = (name, component)
             return True
     return False
 
 
-def require_adapter(architecture: str) -> None:
-    """Refuse a model family that TransformerLens has no adapter for.
-
-    Raises:
-        ValueError: Neither TransformerLens nor an installed package has one.
-    """
+def has_adapter(architecture: str) -> bool:
+    """Whether TransformerLens or an installed package has an adapter for a model class."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
     ArchitectureAdapterFactory.discover_entry_points()
-    if architecture not in ArchitectureAdapterFactory._adapters:
+    return architecture in ArchitectureAdapterFactory._adapters
+
+
+def require_class(architecture: str) -> None:
+    """Refuse a model class that nobody knows, before its weights are loaded.
+
+    Raises:
+        ValueError: Neither transformers nor an adapter knows it.
+    """
+    if not has_adapter(architecture) and not hasattr(transformers, architecture):
         raise ValueError(
-            f"Unknown model family {architecture}: neither TransformerLens nor an installed "
-            "package has an adapter for it. To add one, write a TransformerLens "
-            "ArchitectureAdapter and a modality layout, and name them in the entry-point groups "
-            "'transformer_lens.architectures' and 'miner_lens.modalities'; see "
-            "docs/adding-a-model-family.md."
+            UNKNOWN.format(architecture=architecture, why="transformers has no such class")
         )
+
+
+def _require_adapter(hf_model: Any) -> None:
+    """Have TransformerLens read a model that it has no adapter for off the model itself.
+
+    Raises:
+        ValueError: There is no adapter, and the model hides its parts.
+    """
+    architecture = type(hf_model).__name__
+    if has_adapter(architecture):
+        return
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    from miner_lens.models.adapter import ReadArchitectureAdapter, decoder_parts
+
+    try:
+        decoder_parts(hf_model)
+    except ValueError as error:
+        why = f"it cannot be read off the model: {error}"
+        raise ValueError(UNKNOWN.format(architecture=architecture, why=why)) from error
+    ArchitectureAdapterFactory.register_adapter(architecture, ReadArchitectureAdapter)

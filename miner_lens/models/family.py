@@ -19,7 +19,7 @@ from miner_lens.models.bridge import unwrap, wrap
 from miner_lens.models.generation import Inputs, prepare_inputs
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 from miner_lens.models.points import Point, activation_points
-from miner_lens.models.sites import Decoder, sites
+from miner_lens.models.sites import Decoder, Tower, sites
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -132,6 +132,12 @@ class _Checks:
         decoder = Decoder()
         for layer, block in enumerate(self.bridge.blocks):
             names += decoder.rotated_points(layer) if "attn" in block._modules else ()
+        of_towers = {point.name for point in points if point.site != "llm"}
+        for place in sites(self.hf_model).values():
+            if isinstance(place, Tower):
+                layers = range(len(place.mlps(self.hf_model)))
+                of_towers |= {name for n in layers for name in place.attention_points(n)}
+        names += sorted(of_towers - set(names))
         missing = [name for name in names if name not in self.bridge.hook_dict]
         if missing:
             return False, f"There is no hook point {missing[0]}."
@@ -139,7 +145,7 @@ class _Checks:
             same, says = self._compare(_logits(self.hf_model, self.batch), self.plain_logits)
         silent = [name for name in names if name not in seen]
         # A tower without its medium in the conversation does not run.
-        silent = [n for n in silent if n not in {p.name for p in points if p.site != "llm"}]
+        silent = [name for name in silent if name not in of_towers]
         if silent:
             return False, f"Nothing passes through {silent[0]}."
         sizes = {name: x.down.in_features for name, x in self._mlps().items()}

@@ -26,7 +26,7 @@ def evaluating(model: Any) -> Iterator[None]:
     training = [module for module in hf_model.modules() if module.training]
     hf_model.eval()
     try:
-        with attention.fused(attention.attentions_of(model)), uncompiled():
+        with attention.fused(model), uncompiled():
             yield
     finally:
         for module in training:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miner_lens import organisms
-from miner_lens.models.bridge import require_adapter, wrap
+from miner_lens.models.bridge import has_adapter, require_class, wrap
 from miner_lens.models.devices import default_device
 
 if TYPE_CHECKING:
@@ -86,8 +86,11 @@ def load(
             error.add_note(f"There is no folder {path} either. {_known()}")
         raise
     architecture = (config.architectures or [type(config).__name__])[0]
-    require_adapter(architecture)
-    model = get_hf_model_class_for_architecture(architecture).from_pretrained(
+    require_class(architecture)
+    kind: Any = getattr(transformers, architecture, None)
+    if has_adapter(architecture) or kind is None:
+        kind = get_hf_model_class_for_architecture(architecture)
+    model = kind.from_pretrained(
         path, **{"dtype": dtype, "device_map": device_map} | options | shared
     )
     if device_map is None:

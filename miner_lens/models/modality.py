@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from miner_lens.models.packages import described
+
 MODALITIES = ("text", "special", "special_text", "image", "video", "audio", "prompt")
+MEDIA = ("image", "video", "audio")
 ENTRY_POINTS = "miner_lens.modalities"
+
+# What a config calls the tokens around media, beside `image_start_token_id` and so on.
+_DELIMITERS = ("start", "end", "begin", "bos", "eos", "boi", "eoi", "boa", "eoa", "bov", "eov")
 
 # Modalities that are others put together, which never overlap.
 UNIONS = {
@@ -94,8 +99,47 @@ def parts_of(masks: Masks) -> list[tuple[int, ...]]:
     return result
 
 
+def media_tokens(config: Any) -> dict[str, int]:
+    """The placeholder token of each medium, as a model's config names it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> media_tokens(SimpleNamespace(image_token_id=9, audio_token_index=8))
+        {'image': 9, 'audio': 8}
+    """
+    found = {}
+    for medium in MEDIA:
+        names = (f"{medium}_token_id", f"{medium}_token_index")
+        token = next((t for n in names if isinstance(t := getattr(config, n, None), int)), None)
+        if token is not None:
+            found[medium] = token
+    return found
+
+
+def delimiters(config: Any, tokenizer: Any = None) -> frozenset[int]:
+    """Tokens that are neither text nor a medium: those around media, and chat delimiters.
+
+    The config names the former (`vision_start_token_id`, `boi_token_index`, ...) and where a text
+    begins and ends; all others are special tokens of the tokenizer.
+    """
+    ids: set[int] = set()
+    for one in (config, config.get_text_config()):
+        for name, value in one.to_dict().items():
+            words = name.split("_")
+            if words[-2:-1] == ["token"] and set(words) & set(_DELIMITERS):
+                ids |= {t for t in (value if isinstance(value, list) else [value]) if _is_id(t)}
+    if tokenizer is not None:
+        ids |= {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids |= set(getattr(tokenizer, "all_special_ids", ()))
+    return frozenset(ids - set(media_tokens(config).values()))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
 def layout_for(architecture: str, config: Any, tokenizer: Any = None) -> ModalityLayout | None:
-    """Find the modality layout that an installed package provides for a model class.
+    """The modality layout of a model class: an installed package's, or what the config says.
 
     Args:
         architecture: Hugging Face class name, such as `Qwen2VLForConditionalGeneration`.
@@ -104,13 +148,14 @@ def layout_for(architecture: str, config: Any, tokenizer: Any = None) -> Modalit
             counted as text.
 
     Returns:
-        The layout; of a text model that no package describes, with the tokenizer's special tokens
-        as delimiters. None for any other model that no package describes.
+        The layout; of a text model all tokens are text or special. None where the model takes
+        media and neither its config nor a package says which tokens stand for them.
     """
-    for entry in entry_points(group=ENTRY_POINTS, name=architecture):
-        layout: ModalityLayout = entry.load()(config, tokenizer)
+    of_family = described(ENTRY_POINTS, architecture)
+    if of_family is not None:
+        layout: ModalityLayout = of_family(config, tokenizer)
         return layout
-    if tokenizer is not None and config.get_text_config() is config:
-        added = tokenizer.added_tokens_decoder
-        return ModalityLayout(special=frozenset(n for n, token in added.items() if token.special))
-    return None
+    media = media_tokens(config)
+    if not media and config.get_text_config() is not config:
+        return None
+    return ModalityLayout(media, delimiters(config, tokenizer))

@@ -1,8 +1,8 @@
 """Sites: where in a model neurons live, and what passes through there.
 
-`llm` is the decoder, which every model has. The towers that turn other media into the decoder's
-embeddings (`vision`, `audio`, `projector`) differ from family to family, so the package with a
-family's adapter describes them, by subclasses of `Tower`.
+`llm` is the decoder, which every model has. The parts that turn other media into the decoder's
+embeddings (`vision`, `audio`, `projector`) are found in the model itself; see
+`miner_lens.models.structure`.
 """
 
 from __future__ import annotations
@@ -10,58 +10,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from miner_lens.models.identity import SITES
+from miner_lens.models.items import MEDIA_INPUTS, Items, Rows, items_of, owners, rows_of_call
+from miner_lens.models.modality import media_tokens
+from miner_lens.models.structure import (
+    ACTIVATION_NAMES,
+    ENTRY_POINTS,
+    MLP,
+    Stack,
+    part,
+    plain,
+    stacks,
+)
 
-ENTRY_POINTS = "miner_lens.sites"
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
-
-# What Hugging Face calls a medium among a model's inputs.
-MEDIA_INPUTS = {
-    "image": "pixel_values",
-    "video": "pixel_values_videos",
-    "audio": "input_features",
-}
-
-Rotary = tuple[Float[Tensor, "row d_head"], Float[Tensor, "row d_head"]]
-
-
-@dataclass(frozen=True)
-class MLP:
-    """One layer's MLP: where its neurons are read and written.
-
-    Attributes:
-        activation: The activation function's module; its output is X, [... neuron].
-        before: The linear layer whose output the activation function takes (in a gated MLP the
-            gate projection).
-        down: The linear layer that takes the neurons back, `neuron -> d_model`.
-    """
-
-    activation: nn.Module
-    before: Any
-    down: Any
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the rows of a tower's activations are, X being flattened to [row neuron].
-
-    Attributes:
-        real: False at padding.
-        items: Which image, video or clip of the call each row belongs to, rising from 0.
-        segments: Which rows attend to one another, rising: an image, a frame of a video, a clip.
-    """
-
-    real: Bool[Tensor, " row"]
-    items: Int[Tensor, " row"]
-    segments: Int[Tensor, " row"]
+HOOKS = ("hook_rot_q", "hook_rot_k")
+# Of a fused gate and up projection the activation function takes a half.
+GATES = ("gate_proj", "gate_up_proj")
 
 
 @dataclass(frozen=True)
@@ -70,18 +39,18 @@ class Call:
 
     Attributes:
         modality: What all of its items are.
-        rows: What its rows are, on the CPU.
+        items: What its items are, on the CPU.
         samples: Which sample each item belongs to, rising.
     """
 
     modality: str
-    rows: Rows
+    items: Items
     samples: tuple[int, ...]
 
-    def spans(self) -> list[tuple[int, int, int]]:
+    def spans(self, rows: Rows) -> list[tuple[int, int, int]]:
         """(sample, first row, row after the last) of each sample that has items in this call."""
-        rows = torch.tensor(self.samples)[self.rows.items]
-        samples, counts = torch.unique_consecutive(rows, return_counts=True)
+        owner = torch.tensor(self.samples)[rows.items]
+        samples, counts = torch.unique_consecutive(owner, return_counts=True)
         stops = counts.cumsum(0)
         starts = stops - counts
         return list(zip(samples.tolist(), starts.tolist(), stops.tolist(), strict=True))
@@ -105,62 +74,96 @@ class Tower(Site):
     """A part of the model in which one medium's neurons live, before it reaches the decoder.
 
     Attributes:
+        name: `"vision"`, `"audio"` or `"projector"`.
         modalities: The media that pass through it.
     """
 
-    modalities: tuple[str, ...]
+    def __init__(self, stack: Stack, hf_model: Any) -> None:
+        self.name, self.modalities = stack.site, stack.modalities
+        self._stack = stack
+        self._activations = [_component(hf_model, layer.activation) for layer in stack.layers]
+        # A projector queries the media of the tower before it, which is not one segment.
+        attentions = [layer.attention for layer in stack.layers if self.name != "projector"]
+        self._attentions = [path and _component(hf_model, path) for path in attentions]
 
-    @abstractmethod
+    def mlps(self, hf_model: Any) -> list[MLP]:
+        """One per layer."""
+        layers = self._stack.layers
+        names = [(layer.activation, layer.before, layer.down) for layer in layers]
+        # Not `part` of the linear layers, which may have adapters around them.
+        return [MLP(part(hf_model, a), *(_held(hf_model, n) for n in bd)) for a, *bd in names]
+
+    def activation_point(self, layer: int) -> str:
+        """TransformerLens hook point of a layer's X, [item row neuron] or [row neuron].
+
+        Raises:
+            ValueError: The model is not in a bridge, so that it has no hook points.
+        """
+        component = self._activations[layer]
+        if component is None:
+            raise ValueError(f"The {self.name} tower has no hook points: use ml.wrap(model).")
+        return str(component.hook_out.name)
+
     def attention_points(self, layer: int) -> tuple[str, ...]:
-        """Hook points that queries and keys are made of; none where a layer has no attention."""
+        """Hook points of queries and keys after RoPE; none where a layer has no attention."""
+        component = self._attentions[layer] if self._attentions else None
+        names = () if component is None else HOOKS
+        return tuple(str(getattr(component, name).name) for name in names)
 
-    def rotary(
-        self, hf_model: Any, inputs: Mapping[str, Any], modality: str, device: torch.device
-    ) -> Rotary | None:
-        """Cosines and sines of a call's rotary position embedding; None if the tower has none.
+    def attentions(self) -> list[Any]:
+        """Each layer's attention component; None where there is none, or no bridge."""
+        return list(self._attentions)
 
-        Asked for once a call and not in every layer, so it may wait for the device.
-        """
-        return None
-
-    @abstractmethod
-    def queries_and_keys(
-        self, hf_model: Any, seen: tuple[Tensor, ...], rotary: Rotary | None
-    ) -> tuple[Float[Tensor, "row head d_head"], Float[Tensor, "row head d_head"]]:
-        """Queries and keys as attention uses them, from what the `attention_points` gave.
-
-        Queries are not yet divided by the square root of d_head. This is called in every layer,
-        and should not wait for the device.
-        """
-
-    @abstractmethod
     def module(self, hf_model: Any) -> nn.Module:
-        """The Hugging Face module that is called once for all items of a modality."""
+        """What is called once for all items of a medium: the tower, also for what comes after it.
 
-    @abstractmethod
-    def rows(self, hf_model: Any, arguments: Mapping[str, Any]) -> Rows:
-        """What the rows are in one call of `module`, from the arguments of that call."""
-
-    @abstractmethod
-    def items(
-        self, hf_model: Any, inputs: Mapping[str, Any], modality: str
-    ) -> tuple[Rows, Sequence[int]]:
-        """What the rows are in a modality's call, and how many tokens each of its items becomes.
-
-        Asked for once a call, from the model inputs, so it may wait for the device.
+        Within a bridge it is the component around it.
         """
+        towers = [
+            stack.module
+            for stack in stacks(hf_model)
+            if stack.site != "projector" and set(stack.modalities) & set(self.modalities)
+        ]
+        name = towers[0] if towers else self._stack.module
+        module: nn.Module = _component(hf_model, name) or part(hf_model, name)
+        return module
+
+    def rows(self, hf_model: Any, arguments: Mapping[str, Any], shape: Sequence[int]) -> Rows:
+        """What the rows of X, of that shape, are in one call of `module` with these arguments."""
+        return rows_of_call(self.module(hf_model), arguments, shape)
 
     def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
-        """The calls that a forward pass with these model inputs makes: one for each modality."""
+        """The calls that a forward pass with these model inputs makes: one for each modality.
+
+        Raises:
+            ValueError: The media do not fill the placeholders.
+        """
+        tokens = media_tokens(hf_model.config)
         calls = []
         for modality in self.modalities:
             if inputs.get(MEDIA_INPUTS[modality]) is None:
                 continue
-            rows, tokens = self.items(hf_model, inputs, modality)
-            placeholder = getattr(hf_model.config, f"{modality}_token_id")
-            placeholders = (inputs["input_ids"] == placeholder).sum(-1)
-            calls.append(Call(modality, rows, owners(placeholders.tolist(), tokens)))
+            encoder = hf_model.get_encoder(modality=modality)
+            items = items_of(hf_model, encoder, inputs, modality)
+            placeholders = (inputs["input_ids"] == tokens[modality]).sum(-1).tolist()
+            each = items.tokens
+            if each is None:
+                each = [sum(placeholders) // max(1, len(items.sizes))] * len(items.sizes)
+            calls.append(Call(modality, items, owners(placeholders, each)))
         return calls
+
+
+def _component(hf_model: Any, path: str) -> Any:
+    """The TransformerLens component at a place of the model, or None."""
+    holder, _, name = path.rpartition(".")
+    found = part(hf_model, holder)._modules[name]
+    return found if getattr(found, "original_component", None) is not None else None
+
+
+def _held(hf_model: Any, path: str) -> Any:
+    """What stands at a place of the model: the module, or the component around it."""
+    holder, _, name = path.rpartition(".")
+    return part(hf_model, holder)._modules[name]
 
 
 class Decoder(Site):
@@ -197,11 +200,19 @@ class Decoder(Site):
 def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
     mlp: Any = getattr(layer, "mlp", None)
     activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
-    if not (hasattr(mlp, "gate_proj") and hasattr(mlp, "down_proj")) or activation is None:
+    gate = next((getattr(mlp, name) for name in GATES if hasattr(mlp, name)), None)
+    if gate is None or not hasattr(mlp, "down_proj") or activation is None:
+        what = "experts, which share its tokens" if hasattr(mlp, "experts") else type(mlp).__name__
         raise ValueError(
             f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "
-            f"down_proj and an activation), but {type(mlp).__name__}. Neurons are defined as "
+            f"down_proj and an activation), but {what}. Neurons are defined as "
             "the output of a gated MLP's activation function; this model has none to mine."
+        )
+    if not isinstance(activation, nn.Module):
+        raise ValueError(
+            f"Layer {index} of {type(hf_model).__name__} calls its activation function as "
+            f"{type(activation).__name__} and not as a module, so that nothing can be hooked there "
+            "and neurons can be neither read nor switched off."
         )
     if getattr(mlp, "_use_processed_weights", False):
         raise ValueError(
@@ -210,27 +221,13 @@ def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
             "off. Use the bridge without enable_compatibility_mode(), or with "
             "enable_compatibility_mode(no_processing=True)."
         )
-    return MLP(plain(activation), mlp.gate_proj, mlp.down_proj)
-
-
-def plain(module: Any) -> Any:
-    """The Hugging Face module inside a TransformerLens component, or the module itself."""
-    return getattr(module, "original_component", None) or module
+    return MLP(plain(activation), gate, mlp.down_proj)
 
 
 def sites(hf_model: Any) -> dict[str, Site]:
-    """The sites of a Hugging Face model by name: `llm`, and its family's towers."""
-    return {"llm": Decoder()} | _towers(type(hf_model).__name__)
-
-
-@cache
-def _towers(architecture: str) -> dict[str, Site]:
-    """A family's towers; looked up once, as going through all installed packages takes long."""
-    found: dict[str, Site] = {}
-    for entry in entry_points(group=ENTRY_POINTS, name=architecture):
-        towers: Sequence[Site] = entry.load()()
-        found |= {tower.name: tower for tower in towers}
-    return found
+    """The sites of a Hugging Face model by name: `llm`, and its towers."""
+    places: dict[str, Site] = {"llm": Decoder()}
+    return places | {stack.site: Tower(stack, hf_model) for stack in stacks(hf_model)}
 
 
 def find(hf_model: Any, name: str) -> Site:
@@ -241,42 +238,12 @@ def find(hf_model: Any, name: str) -> Site:
     """
     if name == "llm":
         return Decoder()
-    known = sites(hf_model)
-    if name not in known:
-        kind = "one of its sites" if name in SITES else f"a site ({', '.join(SITES)})"
-        raise ValueError(
-            f"{name!r} is not {kind}: neurons of {type(hf_model).__name__} are known in "
-            f"{', '.join(known)}. A tower has neurons where an activation function stands between "
-            f"two linear layers; the entry-point group {ENTRY_POINTS!r} says where."
-        )
-    return known[name]
-
-
-def owners(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Which sample each item belongs to: samples take as many items as fill their placeholders.
-
-    Args:
-        placeholders: Number of placeholder tokens in each sample.
-        sizes: Number of tokens that each item fills, in order.
-
-    Raises:
-        ValueError: The items do not fill the placeholders.
-
-    Example:
-        >>> owners([4, 0, 3], [2, 2, 3])
-        (0, 0, 2)
-    """
-    result: list[int] = []
-    left, fitting = list(sizes), True
-    for sample, wanted in enumerate(placeholders):
-        while wanted > 0 and left:
-            wanted -= left.pop(0)
-            result.append(sample)
-        fitting = fitting and wanted == 0
-    if left or not fitting:
-        raise ValueError(
-            f"The prompts have {sum(placeholders)} placeholder tokens "
-            f"({', '.join(map(str, placeholders))}), and the media fill {sum(sizes)} "
-            f"({', '.join(map(str, sizes))})."
-        )
-    return tuple(result)
+    for stack in stacks(hf_model):
+        if stack.site == name:
+            return Tower(stack, hf_model)
+    kind = "one of its sites" if name in SITES else f"a site ({', '.join(SITES)})"
+    raise ValueError(
+        f"{name!r} is not {kind}: neurons of {type(hf_model).__name__} are known in "
+        f"{', '.join(sites(hf_model))}. A tower has neurons where an activation function stands "
+        f"between two linear layers; the entry-point group {ENTRY_POINTS!r} says where."
+    )

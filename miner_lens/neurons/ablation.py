@@ -26,7 +26,8 @@ from miner_lens.models.inside import (
     is_compiled,
     uncompiled,
 )
-from miner_lens.models.sites import MLP, Rows, Tower
+from miner_lens.models.sites import Tower
+from miner_lens.models.structure import MLP, plain
 from miner_lens.neurons.active import noted
 from miner_lens.neurons.context_hooks import ContextHooks
 from miner_lens.neurons.neuron_set import NeuronSet
@@ -200,7 +201,8 @@ class _TowerRows(PassInputs):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
-        self._rows: Rows | None = None
+        self._arguments: dict[str, Any] | None = None
+        self._hf_model: Any = None
         self._there: tuple[Tensor, Tensor] | None = None
         self._count = 0
 
@@ -208,10 +210,11 @@ class _TowerRows(PassInputs):
         """See each call of the tower from now on."""
         hf_model = hf_model_of(model)
         module: Any = self.tower.module(hf_model)
-        signature = inspect.signature(sites.plain(module).forward)
+        self._hf_model = hf_model
+        signature = inspect.signature(plain(module).forward)
 
         def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._rows = self.tower.rows(hf_model, signature.bind(*args, **kwargs).arguments)
+            self._arguments = signature.bind(*args, **kwargs).arguments
             self._there = None
 
         self.handles.append(module.register_forward_pre_hook(ContextHook(see), with_kwargs=True))
@@ -221,7 +224,7 @@ class _TowerRows(PassInputs):
 
     def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
         """The smallest X of the image, video or clip that each row belongs to."""
-        if self._rows is None:
+        if self._arguments is None:
             raise ValueError(
                 f"value='min' needs to see the {self.tower.name} tower called as a whole, to know "
                 "which rows are one image, video or clip. Call the model or the whole tower, or "
@@ -229,8 +232,9 @@ class _TowerRows(PassInputs):
             )
         if self._there is None:
             # Once a call, not in every layer.
-            self._there = self._rows.items.to(x.device), self._rows.real.to(x.device)
-            self._count = int(self._rows.items[-1]) + 1
+            rows = self.tower.rows(self._hf_model, self._arguments, x.shape)
+            self._there = rows.items.to(x.device), rows.real.to(x.device)
+            self._count = int(rows.items[-1]) + 1
         items, real = (tensor.to(x.device) for tensor in self._there)
         by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
         by_item = by_row.new_full((self._count,), torch.inf)

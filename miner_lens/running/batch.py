@@ -117,11 +117,13 @@ class TowerBatch(Batch):
 
     Attributes:
         whole: The batch of the whole pass.
+        rows: What the rows of the call's heap are.
         spans: (sample, first row, row after the last) in the call's heap of rows.
         call: Which call of the tower in this pass it is.
     """
 
     whole: Any = None
+    rows: Any = None
     spans: tuple[tuple[int, int, int], ...] = ()
     call: int = 0
 
@@ -144,7 +146,6 @@ class TowerPass:
             self.calls = tower.calls(hf_model, batch.inputs)
         except ValueError as error:
             raise SampleError(f"{', '.join(batch.ids)}: {error}") from error
-        self.spans = [tuple(call.spans()) for call in self.calls]
 
     @classmethod
     def of(cls, batch: Batch, hf_model: Any, site: str) -> TowerPass:
@@ -156,14 +157,20 @@ class TowerPass:
     @property
     def present(self) -> dict[str, int]:
         """How many samples have items of each of the tower's modalities."""
-        counts = {c.modality: len(s) for c, s in zip(self.calls, self.spans, strict=True)}
+        counts = {call.modality: len(set(call.samples)) for call in self.calls}
         return {name: counts.get(name, 0) for name in self.tower.modalities}
 
-    def view(self, call: int, device: torch.device) -> TowerBatch:
+    def view(self, call: int, device: torch.device, count: int) -> TowerBatch:
         """The batch of a call, with its mask on a device; made once a call, not in each layer.
+
+        Args:
+            call: Which call of the tower in this pass it is.
+            device: Where the mask is wanted.
+            count: How many rows the call has.
 
         Raises:
             RuntimeError: The tower ran more often than its inputs say.
+            SampleError: So many rows cannot be told apart.
         """
         if call >= len(self.calls):
             times = len(self.calls)
@@ -172,19 +179,26 @@ class TowerPass:
             )
 
         def make() -> TowerBatch:
-            whole, spans, found = self.batch, self.spans[call], self.calls[call]
+            whole, found = self.batch, self.calls[call]
+            try:
+                rows = found.items.rows(count)
+            except ValueError as error:
+                raise SampleError(f"{', '.join(whole.ids)}: {error}") from error
+            spans = tuple(found.spans(rows))
             longest = max(stop - start for _, start, stop in spans)
             real = torch.zeros(len(whole.ids), longest, dtype=torch.bool)
             for sample, start, stop in spans:
-                real[sample, : stop - start] = found.rows.real[start:stop]
+                real[sample, : stop - start] = rows.real[start:stop]
             described = (whole.inputs, {found.modality: real.to(device)}, whole.ids, whole.samples)
-            return TowerBatch(*described, whole.index, whole=whole, spans=spans, call=call)
+            parts = {"whole": whole, "rows": rows, "spans": spans, "call": call}
+            return TowerBatch(*described, whole.index, **parts)
 
         return self.batch.once(("view", self.tower.name, call, device), make)
 
     def padded(self, x: Tensor, call: int) -> tuple[Tensor, TowerBatch]:
         """Each sample's rows of a call, [sample pos ...], zero where padded, and their batch."""
-        view, heap = self.view(call, x.device), x.flatten(0, -2)
+        heap = x.flatten(0, -2)
+        view = self.view(call, x.device, len(heap))
         if len(view.ids) == 1:
             ((_, start, stop),) = view.spans
             return heap[None, start:stop], view

@@ -24,6 +24,7 @@ import miner_lens as ml
 from miner_lens.analyzers.importance import ImportanceAnalyzer
 from miner_lens.models import access as models
 from miner_lens.models import sites
+from miner_lens.models.items import Items
 from miner_lens.neurons import ablation
 from miner_lens.running.batch import Batch
 from miner_lens.running.hooks import pass_hooks
@@ -123,8 +124,9 @@ def moved(batch: Batch, site: str, mode: FakeTensorMode, devices: tuple[str, ...
             tower = copy(made[site])
             tower.batch = there
             there.towers[site] = tower
-        elif isinstance(key, tuple) and key[0] == "rotary":
-            there._made[key] = on_gpu(made, mode)
+        elif isinstance(key, tuple) and key[0] == "segments":
+            for gpu in devices:
+                there._made[*key[:-1], torch.device(gpu)] = on_gpu(made, mode, gpu)
         elif isinstance(key, tuple) and key[0] == "view":
             for gpu in devices:
                 view = replace(made, masks=on_gpu(made.masks, mode, gpu), whole=there)
@@ -233,7 +235,8 @@ def test_no_ablated_layer_waits_for_a_device(site: str, value: Any, complement: 
     x = record(model, batch, [name])[0][1]
     prompt, there = [batch.inputs["input_ids"], batch.real], None
     if isinstance(tokens, ablation._TowerRows):
-        tokens._rows = place.calls(model.original_model, batch.inputs)[0].rows
+        given = {"grid_thw": batch.inputs["image_grid_thw"]} if site == "vision" else {}
+        tokens._hf_model, tokens._arguments = model.original_model, given or {"features": x}
         tokens.lowest(x)
         there = tokens._there
     with pretending() as (mode, copies):
@@ -252,12 +255,12 @@ def test_no_ablated_layer_waits_for_a_device(site: str, value: Any, complement: 
 def test_a_tower_looks_its_rows_up_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = case("vision")
     asked = []
-    rotary = type(sites.find(model.original_model, "vision")).rotary
+    rows = Items.rows
 
-    def count(tower: Any, hf_model: Any, inputs: Any, modality: str, device: torch.device) -> Any:
-        asked.append(modality)
-        return rotary(tower, hf_model, inputs, modality, device)
+    def count(items: Items, number: int) -> Any:
+        asked.append(number)
+        return rows(items, number)
 
-    monkeypatch.setattr(type(sites.find(model.original_model, "vision")), "rotary", count)
+    monkeypatch.setattr(Items, "rows", count)
     ml.mine(model, [(batch.inputs, batch.masks)], site="vision", progress=False)
-    assert asked == ["image", "video"]  # through three blocks each
+    assert asked == [32, 16]  # of images and of videos, through three blocks each

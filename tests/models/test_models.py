@@ -33,6 +33,7 @@ from miner_lens.models import access as models
 from miner_lens.models import attention, generation, sites
 from miner_lens.running.batches import Item
 from miner_lens.scoring import kernels
+from tests import towers
 from tests.analyzers.test_reference_model import EACH_SAMPLE, logits, model_inputs
 from tests.reference import REFERENCE, load
 
@@ -519,16 +520,25 @@ def test_padding_belongs_to_no_modality(shapes: Any) -> None:
     assert not torch.stack(list(masks.values())).any(0)[batch["attention_mask"] == 0].any()
 
 
-def test_no_layout() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
-    with pytest.raises(ValueError, match="No modality layout is known for GPT2LMHeadModel"):
+def test_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = towers.vision_model()
+    monkeypatch.setattr("miner_lens.models.modality.media_tokens", lambda config: {})
+    with pytest.raises(ValueError, match="No modality layout is known for Qwen2VLFor"):
         models.layout(model)
+
+
+def test_text_models_need_no_tokenizer() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
+    model.config.bos_token_id, model.config.eos_token_id = 1, [2, 3]
+    masks = models.layout(model).masks(torch.tensor([[1, 5, 6, 3]]))
+    assert masks["special"].tolist() == [[True, False, False, True]]
+    assert masks["text"].tolist() == [[False, True, True, False]]
 
 
 def test_attention_setting_comes_back_after_an_error(tiny: Any) -> None:
     config = tiny.original_model.model.language_model.config
     tiny.original_model.set_attn_implementation("eager")
-    fused = attention.fused(attention.attentions_of(tiny))
+    fused = attention.fused(tiny)
     with pytest.raises(RuntimeError), fused:  # noqa: PT012
         assert config._attn_implementation == "hooked_sdpa"
         raise RuntimeError

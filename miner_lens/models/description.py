@@ -1,0 +1,160 @@
+"""What was found in a model, and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from miner_lens.models import attention
+from miner_lens.models.access import layout
+from miner_lens.models.bridge import prepared_bridge
+from miner_lens.models.inside import hf_model_of, model_name
+from miner_lens.models.modality import media_tokens
+from miner_lens.models.sites import Decoder, Site, Tower, sites
+
+NO_ATTENTION = (
+    "{site}: queries and keys after RoPE cannot be read, so attn_k and attn_q cannot be scored. "
+    'prob, mean and max can: metrics=("prob", "mean", "max").'
+)
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """Neurons of one part of a model.
+
+    Attributes:
+        name: `"llm"`, `"vision"`, `"audio"` or `"projector"`.
+        layers: Number of layers that have neurons.
+        neurons: Number of neurons in each layer.
+        modalities: What occurs there.
+        x: TransformerLens hook point of X, `{i}` being the layer.
+        attention: Hook points of queries and keys after RoPE; none where there is no attention.
+    """
+
+    name: str
+    layers: int
+    neurons: int
+    modalities: tuple[str, ...]
+    x: str
+    attention: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What was read off a model; prints itself.
+
+    Attributes:
+        name: Hub id or folder.
+        architecture: Class name of the Hugging Face model.
+        adapter: Class name of its TransformerLens adapter.
+        sites: Where its neurons live.
+        media: The placeholder token of each medium.
+        delimiters: How many tokens are known to be neither text nor a medium.
+        missing: What is not there, and why, in sentences.
+    """
+
+    name: str
+    architecture: str
+    adapter: str
+    sites: tuple[SiteDescription, ...]
+    media: dict[str, int]
+    delimiters: int
+    missing: tuple[str, ...]
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Lines that say where to read and what is missing."""
+        hooks = [f"{site.name}: {', '.join((site.x, *site.attention))}" for site in self.sites]
+        tokens = ", ".join(f"{medium} {token}" for medium, token in self.media.items())
+        return (
+            f"adapter: {self.adapter}",
+            *hooks,
+            f"placeholders: {tokens or 'none'}; delimiters: {self.delimiters} tokens",
+            *(f"missing: {one}" for one in self.missing),
+        )
+
+    def __str__(self) -> str:
+        sizes = [f"{site.name}: {site.layers} x {site.neurons}" for site in self.sites]
+        return "\n".join([f"{self.name} ({self.architecture})", *sizes, *self.details])
+
+
+def describe(model: Any) -> ModelDescription:
+    """Say which sites, neurons, hook points and modalities were found in a model.
+
+    Args:
+        model: A `TransformerBridge`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    bridge = prepared_bridge(model)
+    hf_model = hf_model_of(bridge)
+    missing: list[str] = []
+    try:
+        known = layout(bridge)
+    except ValueError as error:
+        known = None
+        missing.append(f"modalities: {error}")
+    media = dict(known.media) if known else media_tokens(hf_model.config)
+    found = []
+    for place in sites(hf_model).values():
+        modalities = ("text", "special", *media) if place.name == "llm" else ()
+        try:
+            found.append(_described(place, hf_model, set(bridge.hook_dict), modalities))
+        except ValueError as error:
+            missing.append(f"{place.name}: {error}")
+    missing += _missing(bridge, {site.name: site for site in found}, media)
+    return ModelDescription(
+        model_name(bridge),
+        type(hf_model).__name__,
+        type(bridge.adapter).__name__,
+        tuple(found),
+        media,
+        len(known.special) if known else 0,
+        tuple(missing),
+    )
+
+
+def _described(
+    place: Site, hf_model: Any, there: set[str], modalities: tuple[str, ...]
+) -> SiteDescription:
+    mlps = place.mlps(hf_model)
+    if isinstance(place, Tower):
+        modalities, points = place.modalities, place.attention_points(0)
+    else:
+        points = Decoder().rotated_points(0)
+    x = place.activation_point(0)
+    if x not in there:
+        raise ValueError(
+            f"its activation function has no hook point ({x}), so that neurons can be neither read "
+            "nor switched off"
+        )
+    attends = tuple(_any_layer(point) for point in points if point in there)
+    neurons = mlps[0].down.in_features
+    return SiteDescription(place.name, len(mlps), neurons, modalities, _any_layer(x), attends)
+
+
+def _any_layer(point: str) -> str:
+    return point.replace(".0.", ".{i}.", 1)
+
+
+def _missing(
+    bridge: Any, found: dict[str, SiteDescription], media: dict[str, int]
+) -> Iterator[str]:
+    seen = {medium for site in found.values() if site.name != "llm" for medium in site.modalities}
+    for medium in media.keys() - seen:
+        yield (
+            f"a tower for {medium}: the model names no encoder of it, or one without an activation "
+            "function between two linear layers."
+        )
+    if media and "projector" not in found:
+        yield "projector: it has no activation function between two linear layers, so no neurons."
+    for name, site in found.items():
+        if name != "projector" and not site.attention:
+            yield NO_ATTENTION.format(site=name)
+    if attention.rebuilt(attention.attentions_of(bridge)):
+        yield (
+            "llm: TransformerLens rebuilds attention, so logits equal Hugging Face's up to "
+            "rounding, and mining takes more memory."
+        )

@@ -1,0 +1,149 @@
+"""What is said of a model that lacks something, and what can be done with it all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import gelu, silu
+from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
+
+import miner_lens as ml
+from miner_lens.models import sites
+from miner_lens.models.description import describe
+from tests import towers
+from tests.families import FAMILIES
+from tests.models.test_families import logits
+from tests.towers import TEXT
+
+IDS = {"input_ids": torch.arange(3, 12)[None]}
+TEXTS = [(IDS, {"text": IDS["input_ids"] != 0})]
+
+
+@pytest.fixture(scope="module")
+def phi() -> Any:
+    """Gate and up are one projection, and TransformerLens's attention hides queries and keys."""
+    torch.manual_seed(0)
+    return ml.wrap(Phi3ForCausalLM(Phi3Config(**TEXT)).eval())
+
+
+@pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
+def test_metrics_without_attention(phi: Any) -> None:
+    with pytest.raises(RuntimeError, match="metrics="):
+        ml.mine(phi, TEXTS, progress=False)
+    scores = ml.mine(phi, TEXTS, metrics=("prob", "mean", "max"), progress=False)
+    assert scores.values[:3].amax() == 1
+    assert not scores.values[3:].any()
+    assert "metrics=" in str(describe(phi))
+    inputs = towers.vision_inputs()
+    bridge = ml.wrap(towers.vision_model())
+    for site in ("llm", "vision"):
+        data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
+        full = ml.mine(bridge, data, site=site, progress=False)
+        part = ml.mine(bridge, data, site=site, metrics=("prob", "mean", "max"), progress=False)
+        assert torch.equal(part.values[:3], full.values[:3])
+        assert not part.values[3:].any()
+        assert full.values[3:].any()
+
+
+@pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
+def test_fused_gate_and_up(phi: Any) -> None:
+    """X is what the activation function makes of the gate's half."""
+    scores = ml.mine(phi, TEXTS, metrics=("prob", "mean", "max"), progress=False)
+    model = phi.original_model
+    seen: list[torch.Tensor] = []
+
+    def split(mlp: Any, args: Any, kwargs: Any) -> None:
+        gate, _ = mlp.gate_up_proj(args[0]).chunk(2, -1)
+        seen.append(silu(gate[0]))
+
+    blocks = [block.mlp.original_component for block in phi.blocks]
+    handles = [
+        phi.blocks[n].mlp.register_forward_pre_hook(
+            lambda m, a, k, mlp=mlp: split(mlp, a, k), with_kwargs=True
+        )
+        for n, mlp in enumerate(blocks)
+    ]
+    intact = logits(model, IDS)
+    for handle in handles:
+        handle.remove()
+    means = torch.stack([x.mean(0) for x in seen])
+    torch.testing.assert_close(scores.means[0], means, atol=1e-6, rtol=0)
+    neurons = ml.NeuronSet([(0, 3), (1, 5), (1, 47)], layers=2, neurons=48)
+    with ml.ablate(phi, neurons):
+        ablated = logits(model, IDS)
+    with torch.no_grad(), phi.hooks(fwd_hooks=ml.ablation_hooks(phi, neurons)):
+        torch.testing.assert_close(logits(model, IDS), ablated, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        for layer, neuron in neurons:
+            model.model.layers[layer].mlp.down_proj.weight[:, neuron] = 0
+    torch.testing.assert_close(logits(model, IDS), ablated, atol=1e-5, rtol=0)
+    assert not torch.allclose(intact, ablated)
+
+
+def test_a_decoder_without_hookable_activations() -> None:
+    model, inputs = towers.vision_model(), towers.vision_inputs()
+    for layer in model.model.language_model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = silu
+    before = logits(model, inputs)
+    bridge = ml.wrap(model)
+    assert torch.equal(logits(model, inputs), before)
+    data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
+    with pytest.raises(ValueError, match=r"Layer 0 .* calls its activation function as function"):
+        ml.mine(bridge, data, progress=False)
+    assert ml.mine(bridge, data, site="vision", progress=False).values.any()
+    found = describe(bridge)
+    assert [site.name for site in found.sites] == ["vision", "projector"]
+    assert "missing: llm: Layer 0" in str(found)
+
+
+def test_a_tower_without_hookable_activations() -> None:
+    model = towers.vision_model()
+    for block in model.model.visual.blocks:
+        del block.mlp.act
+        block.mlp.act = gelu
+    bridge = ml.wrap(model)
+    assert list(sites.sites(model)) == ["llm", "projector"]
+    with pytest.raises(ValueError, match="known in llm, projector"):
+        ml.mine(bridge, TEXTS, site="vision", progress=False)
+
+
+def test_experts() -> None:
+    config = MixtralConfig(**TEXT, num_local_experts=2)
+    bridge = ml.wrap(MixtralForCausalLM(config).eval())
+    with pytest.raises(ValueError, match=r"no gated MLP .* but experts"):
+        ml.mine(bridge, TEXTS, progress=False)
+
+
+def test_an_unknown_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = ml.wrap(towers.vision_model())
+    monkeypatch.setattr("miner_lens.models.modality.media_tokens", lambda config: {})
+    assert "missing: modalities: No modality layout is known" in str(describe(bridge))
+    inputs = towers.vision_inputs()
+    data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
+    assert ml.mine(bridge, data, progress=False).values.any()
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_images_that_are_read_in_both_directions(name: str) -> None:
+    model, inputs = FAMILIES[name].make()
+    data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
+    with pytest.raises(ValueError, match="attend to later ones"):
+        ml.mine(ml.wrap(model), data, attention="causal", progress=False)
+
+
+def test_descriptions() -> None:
+    bridge = ml.wrap(towers.audio_model())
+    found = describe(bridge)
+    assert found.media == {"audio": towers.AUDIO}
+    (llm, audio) = found.sites
+    assert (llm.layers, llm.neurons, audio.layers, audio.neurons) == (2, 48, 3, 40)
+    assert llm.modalities == ("text", "special", "audio")
+    points = {point.format(i=1) for site in found.sites for point in (site.x, *site.attention)}
+    assert points <= set(bridge.hook_dict)
+    assert len(points) == 6
+    assert "missing: projector" in str(found)
+    with pytest.raises(ValueError, match="TransformerBridge is needed"):
+        describe(towers.audio_model())
