@@ -103,8 +103,8 @@ class Checkpoint:
     def survey(self) -> dict[str, list[int]]:
         """What the intact files cover, as `Record.items`, by their names. Rank 0 does this for all.
 
-        A file that shares items with a larger one is left out: it was merged into that one, or a
-        process went on writing after its run was over.
+        A file that shares items with a larger one is left out, and removed where it has no others:
+        it was merged into that one, or a process went on writing after its run was over.
 
         Raises:
             ValueError: The files are of a run with other settings.
@@ -125,6 +125,8 @@ class Checkpoint:
             if seen.isdisjoint(record.items[::2]):
                 found[name] = record.items.tolist()
                 seen.update(record.items[::2])
+            elif seen.issuperset(record.items[::2]):
+                (self.folder / name).unlink(missing_ok=True)
         return found
 
     def load(self, found: dict[str, list[int]], analyzers: Sequence[Any]) -> Record:

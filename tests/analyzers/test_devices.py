@@ -230,7 +230,7 @@ def test_no_ablated_layer_waits_for_a_device(site: str, value: Any, complement: 
     neurons = ml.NeuronSet.from_mask(mask, means=means, site=site)
     write = ablation._Write(neurons, value, at or None, complement)
     tokens = ablation._tokens(model, write)
-    targets = write.targets(mlps)
+    targets = write.targets(mlps, model.original_model)
     name = place.activation_point(0)
     x = record(model, batch, [name])[0][1]
     prompt, there = [batch.inputs["input_ids"], batch.real], None
