@@ -35,7 +35,6 @@ def test_metrics_without_attention(phi: Any) -> None:
     scores = ml.mine(phi, TEXTS, attention=None, progress=False)
     assert scores.values[:3].amax() == 1
     assert not scores.values[3:].any()
-    assert "attention=None" in str(describe(phi))
     inputs = towers.vision_inputs()
     bridge = ml.wrap(towers.vision_model())
     for site in ("llm", "vision"):
@@ -91,7 +90,7 @@ def test_a_decoder_without_hookable_activations() -> None:
     bridge = ml.wrap(model)
     assert torch.equal(logits(model, inputs), before)
     data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
-    with pytest.raises(ValueError, match="Layer 0 .* calls its activation function as function"):
+    with pytest.raises(ValueError, match=r"Layer 0 .* calls its activation function as function"):
         ml.mine(bridge, data, progress=False)
     assert ml.mine(bridge, data, site="vision", progress=False).values.any()
     found = describe(bridge)
@@ -113,7 +112,7 @@ def test_a_tower_without_hookable_activations() -> None:
 def test_experts() -> None:
     config = MixtralConfig(**TEXT, num_local_experts=2)
     bridge = ml.wrap(MixtralForCausalLM(config).eval())
-    with pytest.raises(ValueError, match="no gated MLP .* but experts"):
+    with pytest.raises(ValueError, match=r"no gated MLP .* but experts"):
         ml.mine(bridge, TEXTS, progress=False)
 
 
