@@ -13,8 +13,8 @@ import miner_lens as ml
 from miner_lens.models import sites
 from miner_lens.models.description import describe
 from tests import towers
-from tests.families import FAMILIES
 from tests.models.test_families import logits
+from tests.parts import FAMILIES
 from tests.towers import TEXT
 
 IDS = {"input_ids": torch.arange(3, 12)[None]}
