@@ -190,8 +190,9 @@ class TowerPass:
             for sample, start, stop in spans:
                 real[sample, : stop - start] = rows.real[start:stop]
             described = (whole.inputs, {found.modality: real.to(device)}, whole.ids, whole.samples)
-            parts = {"whole": whole, "rows": rows, "spans": spans, "call": call}
-            return TowerBatch(*described, whole.index, **parts)
+            return TowerBatch(
+                *described, whole.index, whole=whole, rows=rows, spans=spans, call=call
+            )
 
         return self.batch.once(("view", self.tower.name, call, device), make)
 

@@ -10,7 +10,6 @@ import torch
 from transformer_lens import patching
 
 import miner_lens as ml
-from tests.models.test_inside import llama_model
 from tests.towers import AUDIO, IMAGE, audio_inputs, audio_model, vision_inputs, vision_model
 
 
@@ -231,8 +230,10 @@ def test_refusals(sample: Any) -> None:
         ml.bind(model, padded).__enter__()
     with pytest.raises(ValueError, match=r"'input' or 'input_ids' and was given pixel_values"):
         ml.bind(model, {"pixel_values": 1}).__enter__()
+    unknown = vision_model()
+    unknown.config.image_token_id = unknown.config.video_token_id = None
     with pytest.raises(ValueError, match="No modality layout"):
-        ml.bind(llama_model(), {"input_ids": ids}).__enter__()
+        ml.bind(unknown, {"input_ids": ids}).__enter__()
 
 
 def test_copies_are_bound_to_nothing(sample: Any) -> None:

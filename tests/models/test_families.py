@@ -18,8 +18,9 @@ import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import sites
 from miner_lens.models.inside import hf_model_of
-from tests.families import FAMILIES, Inputs, Part
+from tests.families import Inputs
 from tests.models.test_inside import shape_of
+from tests.parts import FAMILIES, Part
 from tests.scoring.test_kernels import twin
 
 # Those that TransformerLens has an adapter for, which computes attention in its own way.
