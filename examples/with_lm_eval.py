@@ -29,11 +29,12 @@ options = {"device": "cpu", "batch_size": 2}
 plain = HFMultimodalLM(path, **options)
 plain.model.processor = plain.processor
 intact = plain.generate_until(requests, disable_tqdm=True)
-with ml.ablate(plain.model, neurons, "min", at="image"):
+with ml.ablate(plain.model, neurons, "min"):
     expected = plain.generate_until(requests, disable_tqdm=True)
 
-model = AblatedMultimodal(path, neurons=neurons, value="min", at="image", **options)
-assert model.generate_until(requests, disable_tqdm=True) == expected != intact
-print(f"{len(neurons)} neurons at the image's tokens at their minimum:")
+model = AblatedMultimodal(path, neurons=neurons, value="min", **options)
+assert model.generate_until(requests, disable_tqdm=True) == expected
+assert expected != intact
+print(f"{len(neurons)} neurons at the minimum of their layer:")
 for sample, one, other in zip(data[:4], intact, expected, strict=True):
     print(f"{sample.answers[0]}: {one}, ablated {other}")
