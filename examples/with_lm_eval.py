@@ -15,7 +15,7 @@ data = ml.datasets.load("easy-vqa", limit=20)
 neurons = ml.NeuronSet.union(ml.mine(bridge, data).select(ratio=0.8))
 
 
-def request(number: int, messages: list[dict[str, Any]]) -> Instance:
+def request(number: int, messages: Any) -> Instance:
     """A question as one of the harness's tasks would ask it."""
     prompt = bridge.processor.apply_chat_template(messages, add_generation_prompt=True)
     images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
