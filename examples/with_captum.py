@@ -18,8 +18,8 @@ activation = model.get_decoder().layers[layer].mlp.act_fn
 
 def answer(ids: torch.Tensor) -> torch.Tensor:
     """The logit of the most probable answer; captum passes tokens, and bind the image."""
-    logits: torch.Tensor = model(input_ids=ids).logits
-    return logits[:, -1].max(-1).values
+    best: torch.Tensor = model(input_ids=ids).logits[:, -1].max(-1).values
+    return best
 
 
 with torch.no_grad(), ml.bind(bridge, inputs):

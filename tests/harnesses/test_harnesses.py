@@ -55,7 +55,8 @@ def test_any_model_class(
     assert expected != intact
     kind = ablated(Asked, ["generate_inner", "chat_inner"])
     assert not hasattr(kind, "chat_inner")
-    for given in (neurons, str(tmp_path / "neurons.safetensors"), str(tmp_path / "folder")):
+    written = [str(tmp_path / "neurons.safetensors"), str(tmp_path / "folder")]
+    for given in [neurons] if options else written:
         model = kind(shapes_path, neurons=given, **options)
         assert model.generate(sample.messages) == expected
         assert not any(module._forward_hooks for module in model.model.get_decoder().modules())
