@@ -321,6 +321,33 @@ def flow(
 
 
 @app.command()
+def patch(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for what patching restores.")],
+    neurons: Annotated[
+        list[Path] | None, typer.Option(help="Neuron files, to patch these and not layers.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="So many samples, to find pairs among.")] = 300,
+    pairs: Annotated[int, typer.Option(help="So many pairs at most.")] = 20,
+) -> None:
+    """Put activations of a prompt into its counterfactual, and see what that restores."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        found = ml.counterfactuals(_data_set(data, limit), pairs)
+        sets = {path.stem: ml.NeuronSet.load(path) for path in neurons or ()}
+        patching = ml.activation_patching(_load(model), found, sets)
+        patching.save(out / "patching.safetensors")
+        curves = patching.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        if not sets:
+            figure = ml.plots.curves(curves, "share of the logit difference")
+            figure.savefig(out / "restored.png")
+        typer.echo(repr(patching))
+
+
+@app.command()
 def lens(
     model: Model,
     data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],

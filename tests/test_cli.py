@@ -21,7 +21,7 @@ def call(*arguments: Any, code: int = 0) -> str:
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
     names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
-    assert all(name in shown for name in (*names, "convergence", "flow"))
+    assert all(name in shown for name in (*names, "convergence", "flow", "patch"))
 
 
 def test_info() -> None:
@@ -120,6 +120,14 @@ def test_flow(tmp_path: Path) -> None:
     assert len(ml.InformationFlow.load(tmp_path / "flow.safetensors").cuts) == 2
     assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == {0, 1}
     assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_patch(tmp_path: Path) -> None:
+    arguments = ["patch", "shapes", "easy-vqa", "--limit", 150, "--pairs", 2]
+    assert "mean logit difference" in call(*arguments, "--out", tmp_path)
+    assert (tmp_path / "restored.png").read_bytes().startswith(b"\x89PNG")
+    assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == set(range(6))
+    assert "There is no pair" in call(*arguments, "--limit", 2, "--out", tmp_path, code=2)
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.flow import InformationFlow, information_flow
 from miner_lens.experiments.layers import LayerDistribution, layer_distribution
 from miner_lens.experiments.overlap import Overlap, overlap
+from miner_lens.experiments.patching import Patching, activation_patching, counterfactuals
 from miner_lens.experiments.recovery import Recovery, recovery
 from miner_lens.experiments.stability import Stability, stability
 from miner_lens.experiments.trials import Condition, Trials, trials
@@ -17,12 +18,15 @@ __all__ = [
     "InformationFlow",
     "LayerDistribution",
     "Overlap",
+    "Patching",
     "Recovery",
     "Stability",
     "Trials",
     "accuracy",
+    "activation_patching",
     "answers",
     "attention_effect",
+    "counterfactuals",
     "domain_matrix",
     "information_flow",
     "layer_distribution",
