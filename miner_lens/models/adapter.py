@@ -115,20 +115,23 @@ class ReadArchitectureAdapter(ArchitectureAdapter):  # type: ignore[misc]
         name, norms, below = *_block_parts(block), children(block)
         attention = part(block, name)
         names = {NAMES.get(n, n): n for n, c in children(attention).items() if _is_linear(c)}
-        norms_of_heads = {n: n for n in ("q_norm", "k_norm") if n in children(attention)}
+        inside: dict[str, GeneralizedComponent] = {
+            ours: LinearBridge(name=theirs) for ours, theirs in names.items()
+        }
+        for norm in ("q_norm", "k_norm"):
+            if norm in children(attention):
+                inside[norm] = self._norm(norm, part(attention, norm))
         biased = any(getattr(part(attention, n), "bias", None) is not None for n in names.values())
         if {"q", "k", "v", "o"} <= names.keys():
             self.weight_processing_conversions = self._qkvo_weight_conversions(
                 include_biases=biased
             )
-        parts: dict[str, Any] = {ours: LinearBridge(name=theirs) for ours, theirs in names.items()}
-        parts |= {n: self._norm(n, part(attention, n)) for n in norms_of_heads}
         return {
             **{ours: self._norm(theirs, below[theirs]) for theirs, ours in norms.items()},
             "attn": AttentionBridge(
                 name=name,
                 config=self.cfg,
-                submodules=parts,
+                submodules=inside,
                 maintain_native_attention=True,
                 requires_attention_mask=True,
             ),
