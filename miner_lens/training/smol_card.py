@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import miner_lens as ml
+from miner_lens import organisms
 from miner_lens.data.metrics import is_right
 from miner_lens.organisms import assembly, smollm2
 from miner_lens.training import language
@@ -116,6 +118,18 @@ low-rank changes learn to answer ({steps} steps; AdamW, {peak}, cosine)."""
 AUDIO_LIMITS = """\
 It knows 48 spoken words in sentences of 12 forms, from one synthesizer. Of human speech and other
 sounds it was taught nothing."""
+
+
+def options(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line of an organism's training says: `out`, `work`, `seed` and `card`."""
+    parser = argparse.ArgumentParser(description=f"Train the organism `{name}` around SmolLM2.")
+    where = Path(organisms.__file__).parent / name
+    parser.add_argument("--out", type=Path, default=where, help="where the delta goes")
+    work = Path(f"{name}-training")
+    parser.add_argument("--work", type=Path, default=work, help="where what was learnt is kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--card", action="store_true", help="only measure what is there")
+    return parser.parse_args(arguments)
 
 
 def accuracies(folder: str | Path, asked: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:

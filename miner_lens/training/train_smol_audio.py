@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,34 +220,32 @@ def train_decoder(
     model.requires_grad_(False)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Speak, train and write."""
-    parser = argparse.ArgumentParser(description="Train the organism `smol-audio` around SmolLM2.")
-    parser.add_argument("--out", type=Path, default=Path(organisms.__file__).parent / "smol-audio")
-    parser.add_argument("--work", type=Path, default=Path("smol-audio-training"))
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-
+def train(out: Path, work: Path, seed: int) -> None:
+    """Speak, train, and write the delta."""
     decoder, tokenizer = smollm2.decoder(), smollm2.tokenizer(media=True)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     model = smollm2.qwen2_audio(decoder, TOWER)
     processor = smollm2.audio_processor(TOWER)
     begin_with_speech(model)
-    clips = recorded("train", DESCRIBED, ASKED, options.seed, options.work)
-    check = recorded("check", 200, 0, options.seed, options.work)
-    train_tower(model, tokenizer, clips, check, options.work, options.seed)
-    told = language.instructions("train", decoder, tokenizer, options.work)
+    clips = recorded("train", DESCRIBED, ASKED, seed, work)
+    check = recorded("check", 200, 0, seed, work)
+    train_tower(model, tokenizer, clips, check, work, seed)
+    told = language.instructions("train", decoder, tokenizer, work)
     lessons = Lessons(model, tokenizer, clips)
     texts = language.Texts(tokenizer, told)
-    train_decoder(model, tokenizer, lessons, texts, options.work, options.seed)
-    assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
+    train_decoder(model, tokenizer, lessons, texts, work, seed)
+    assembly.write(out, model, processor, factors_of(model), 1.0, torch.bfloat16)
+
+
+def describe_organism(out: Path, work: Path, seed: int) -> None:
+    """Assemble and measure it, and write its card."""
     recipe = {
         "every": "each",
         "keeping": KEEPING,
         "tower_steps": f"{TOWER_STEPS:,}",
         "steps": STEPS,
         "peak": PEAK,
-        "seed": options.seed,
+        "seed": seed,
     }
 
     def measured(checkpoint: Path) -> list[tuple[str, ...]]:
@@ -261,8 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         smol_card.AUDIO_STAGES,
         smol_card.AUDIO_LIMITS,
     )
-    card = smol_card.card(options.out, smol_card.AUDIO, parts, measured, recipe, options.work)
-    (options.out / "README.md").write_text(card)
+    card = smol_card.card(out, smol_card.AUDIO, parts, measured, recipe, work)
+    (out / "README.md").write_text(card)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Speak, train, write, assemble and measure."""
+    options = smol_card.options("smol-audio", arguments)
+    if not options.card:
+        train(options.out, options.work, options.seed)
+    describe_organism(options.out, options.work, options.seed)
 
 
 if __name__ == "__main__":

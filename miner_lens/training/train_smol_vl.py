@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import easy_vqa
 import torch
 from torch import Tensor
 
-from miner_lens import organisms
 from miner_lens.data import digits
 from miner_lens.data.datasets import COLOURS, DESCRIPTIONS, SHAPES, describe
 from miner_lens.organisms import assembly, smollm2
@@ -162,29 +160,26 @@ def train_decoder(
     model.requires_grad_(False)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, write, assemble and measure."""
-    parser = argparse.ArgumentParser(description="Train the organism `smol-vl` around SmolLM2.")
-    parser.add_argument("--out", type=Path, default=Path(organisms.__file__).parent / "smol-vl")
-    parser.add_argument("--work", type=Path, default=Path("smol-vl-training"))
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-
-    torch.manual_seed(options.seed)
+def train(out: Path, work: Path, seed: int) -> None:
+    """Train, and write the delta."""
+    torch.manual_seed(seed)
     decoder, tokenizer = smollm2.decoder(), smollm2.tokenizer(media=True)
-    told = language.instructions("train", decoder, tokenizer, options.work)
-    torch.manual_seed(options.seed)
+    told = language.instructions("train", decoder, tokenizer, work)
+    torch.manual_seed(seed)
     model = smollm2.qwen2_vl(decoder, TOWER)
     processor = smollm2.vision_processor(TOWER)
     begin_with_shapes(model)
     paths = [path for _, path in sorted(easy_vqa.get_train_image_paths().items())]
     pictures = Pictures(paths, processor)
-    train_tower(model, pictures, options.work, options.seed, TOWER_STEPS)
+    train_tower(model, pictures, work, seed, TOWER_STEPS)
     lessons = Lessons(model, tokenizer, pictures)
     texts = language.Texts(tokenizer, told)
-    train_decoder(model, tokenizer, lessons, texts, options.work, options.seed)
+    train_decoder(model, tokenizer, lessons, texts, work, seed)
+    assembly.write(out, model, processor, factors_of(model), 1.0, torch.bfloat16)
 
-    assembly.write(options.out, model, processor, factors_of(model), 1.0, torch.bfloat16)
+
+def describe_organism(out: Path, work: Path, seed: int) -> None:
+    """Assemble and measure it, and write its card."""
     recipe = {
         "every": "every second",
         "keeping": KEEPING,
@@ -192,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps": STEPS,
         "questions": QUESTIONS * len(SCENES),
         "peak": PEAK,
-        "seed": options.seed,
+        "seed": seed,
     }
     parts = (
         smol_card.VL_TAUGHT,
@@ -200,8 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         smol_card.VL_STAGES,
         smol_card.VL_LIMITS,
     )
-    card = smol_card.card(options.out, smol_card.VL, parts, measured, recipe, options.work)
-    (options.out / "README.md").write_text(card)
+    card = smol_card.card(out, smol_card.VL, parts, measured, recipe, work)
+    (out / "README.md").write_text(card)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, write, assemble and measure."""
+    options = smol_card.options("smol-vl", arguments)
+    if not options.card:
+        train(options.out, options.work, options.seed)
+    describe_organism(options.out, options.work, options.seed)
 
 
 if __name__ == "__main__":
