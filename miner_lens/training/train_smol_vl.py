@@ -36,8 +36,9 @@ from miner_lens.training.smol_vl_tower import (
 )
 from miner_lens.training.train_shapes import Pictures, Questions, grids
 
-TOWER_STEPS, STEPS = 1600, 900
-PEAK = 3e-3
+# Stages, their steps and highest learning rates. Handwriting is hardest to read: it has a stage.
+TOWER_STEPS, STEPS, READING_STEPS = 1600, 900, 350
+PEAK, READING_PEAK = 3e-3, 2e-3
 QUESTIONS = 4  # about each scene
 KEPT = 1  # rows of plain text or instructions in every second step
 KEEPING = 2.0  # weight of the language that is to be kept
@@ -48,11 +49,18 @@ RAMP = (200, 450)
 # Kinds of questions about a digit, and how often each is asked: comparing is hardest to learn.
 KINDS = {"value": 1, "parity": 2, "comparison": 3}
 # The scenes of a step: how each is told, and of which data set.
-SCENES = (
+Scenes = tuple[tuple[str, str], ...]
+SCENES: Scenes = (
     *[("image", "easy-vqa")] * 2,
     *[("image", "digits")] * 2,
     *[("text", "easy-vqa")] * 2,
     *[("text", "digits")] * 2,
+)
+READING: Scenes = (
+    ("image", "easy-vqa"),
+    *[("image", "digits")] * 5,
+    ("text", "easy-vqa"),
+    ("text", "digits"),
 )
 IMAGE = VISION.format("<|image_pad|>" * TOKENS)
 
@@ -95,16 +103,16 @@ class Lessons:
         rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grids(1))
         self.rope = rope[:, 0]
 
-    def draw(self, step: Step, turned: float) -> tuple[Any, Tensor]:
+    def draw(self, scenes: Scenes, step: Step, turned: float) -> tuple[Any, Tensor]:
         """The packed questions of a step, a share of them turned, and their embeddings."""
         rng, colours = step.rng, tuple(COLOURS)
-        n_shapes, n_digits = SCENES.count(("image", "easy-vqa")), SCENES.count(("image", "digits"))
+        n_shapes, n_digits = (scenes.count(("image", data)) for data in ("easy-vqa", "digits"))
         pictures = self.pictures.draw(n_shapes, step.generator)
         values, written = self.digits.draw(n_digits, step.generator)
         shown = list(zip(pictures.shapes.tolist(), pictures.colours.tolist(), strict=True))
         digit_rows = values.tolist()
         rows = []
-        for told, data in SCENES:
+        for told, data in scenes:
             if data == "easy-vqa":
                 shape, colour = rng.randrange(len(SHAPES)), rng.randrange(len(colours))
                 if told == "image":
@@ -145,10 +153,8 @@ def train_decoder(
     merger = model.model.visual.merger.requires_grad_(True)
     parameters |= {f"merger.{name}": p for name, p in merger.named_parameters()}
 
-    def lesson(step: Step) -> tuple[Tensor, dict[str, float]]:
-        start, end = RAMP
-        turned = 0.5 * min(1.0, max(0.0, (step.number - start) / (end - start)))
-        loss, right = answer_loss(model, *lessons.draw(step, turned))
+    def lesson(scenes: Scenes, step: Step, turned: float) -> tuple[Tensor, dict[str, float]]:
+        loss, right = answer_loss(model, *lessons.draw(scenes, step, turned))
         figures = {"answers": loss.item(), "tokens right": right.float().mean().item()}
         if step.number % 2 == 0:
             kept = language_loss(model, texts.draw(KEPT, step.rng))
@@ -156,7 +162,16 @@ def train_decoder(
             figures["kept"] = kept.item()
         return loss, figures
 
-    learn("decoder", folder, parameters, lesson, STEPS, PEAK, seed)
+    def answering(step: Step) -> tuple[Tensor, dict[str, float]]:
+        start, end = RAMP
+        turned = 0.5 * min(1.0, max(0.0, (step.number - start) / (end - start)))
+        return lesson(SCENES, step, turned)
+
+    def reading(step: Step) -> tuple[Tensor, dict[str, float]]:
+        return lesson(READING, step, 0.5)
+
+    learn("decoder", folder, parameters, answering, STEPS, PEAK, seed)
+    learn("reading", folder, parameters, reading, READING_STEPS, READING_PEAK, seed)
     model.requires_grad_(False)
 
 
@@ -187,6 +202,8 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         "steps": STEPS,
         "questions": QUESTIONS * len(SCENES),
         "peak": PEAK,
+        "reading_steps": READING_STEPS,
+        "reading_peak": READING_PEAK,
         "seed": seed,
     }
     parts = (
