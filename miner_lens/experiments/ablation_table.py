@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Unpack
 
-import pandas as pd
 import torch
 
 from miner_lens.experiments.figures import COLOURS, panels
@@ -16,12 +15,13 @@ from miner_lens.experiments.plan import (
     Data,
     Options,
     Plan,
+    Sets,
     Weights,
     frame_of,
     said,
     shown,
+    weighted,
 )
-from miner_lens.experiments.plan import weighted as weighted_scores
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.statistics import Comparison, against_controls
 from miner_lens.experiments.table import Trials
@@ -29,6 +29,7 @@ from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 ALL = "all"
@@ -59,6 +60,8 @@ class AblationTable(Finding):
 
         All are one family: `p_holm` is Holm's.
         """
+        import pandas as pd
+
         return pd.DataFrame(self.info["comparisons"])
 
     @property
@@ -129,7 +132,7 @@ def ablation_plan(
         like = sets[off]
         rows.append(_row(off, RANDOM, [NeuronSet.random(len(like), like, n) for n in seeds]))
         rows.append(_row(off, MATCHED, [NeuronSet.random_like(like, n) for n in seeds]))
-    total = weighted_scores(scores, list(_scored(scores, chosen)), weights).sum(0)
+    total = weighted(scores, list(_scored(scores, chosen)), weights).sum(0)
     rows.append(_row(ALL, BOTTOM, _bottom(total, everything)))
     rows.append(_row(ALL, COMPLEMENT, everything, complement=True))
     return Plan(tuple(rows))
@@ -194,7 +197,7 @@ def ablation_table(
     return read_ablation(plan.run(model, data, options), plan)
 
 
-def _row(off: str, kind: str, sets: NeuronSet | Sequence[NeuronSet], **how: Any) -> Ablation:
+def _row(off: str, kind: str, sets: Sets, **how: Any) -> Ablation:
     return Ablation.of(f"{kind}, {off}", sets, {"off": off, "kind": kind}, **how)
 
 

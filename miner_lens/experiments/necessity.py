@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-import pandas as pd
 import torch
 
 from miner_lens.experiments.figures import COLOURS, panels
@@ -28,6 +27,7 @@ from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 DELETION, INSERTION, RANDOM = "deletion", "insertion", "random"
@@ -54,6 +54,8 @@ class Necessity(Finding):
         `difference_high`. A small deletion area says that the neurons are necessary, a large
         insertion area that they are sufficient.
         """
+        import pandas as pd
+
         return pd.DataFrame(self.info["areas"])
 
     @property

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 INTACT = "intact"
 Data = Iterable[Item] | Mapping[str, Iterable[Item]]
 Weights = Sequence[float] | Mapping[str, float] | None
+# A set, or one for each seed of a control.
+Sets = NeuronSet | Sequence[NeuronSet]
 
 
 class Options(TypedDict, total=False):
@@ -48,9 +50,7 @@ class Ablation:
     conditions: tuple[Condition, ...]
 
     @classmethod
-    def of(
-        cls, name: str, sets: NeuronSet | Sequence[NeuronSet], about: Mapping[str, Any], **how: Any
-    ) -> Ablation:
+    def of(cls, name: str, sets: Sets, about: Mapping[str, Any], **how: Any) -> Ablation:
         """A row that switches off a set, or each of several; `how` is as for `Condition`."""
         if isinstance(sets, NeuronSet):
             return cls(name, about, (Condition(name, sets, **how),))

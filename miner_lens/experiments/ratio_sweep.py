@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from miner_lens.experiments.figures import COLOURS, panels
-from miner_lens.experiments.plan import Ablation, Data, Options, Plan, Weights, said, shown
+from miner_lens.experiments.plan import Ablation, Data, Options, Plan, Sets, Weights, said, shown
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.table import Trials
 from miner_lens.neurons.neuron_set import NeuronSet
@@ -98,7 +98,8 @@ def ratio_plan(
         chosen = scores.select(ratio, strategy, weights)
         everything = NeuronSet.union(chosen)
         draws = [NeuronSet.random(len(everything), everything, seed) for seed in seeds]
-        for off, sets in {**chosen, ALL: everything, RANDOM: draws}.items():
+        every: dict[str, Sets] = {**chosen, ALL: everything, RANDOM: draws}
+        for off, sets in every.items():
             rows.append(Ablation.of(f"{off} at {ratio:.3%}", sets, {"off": off, "ratio": ratio}))
     if not rows:
         raise ValueError(

@@ -8,7 +8,6 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-import pandas as pd
 
 from miner_lens.experiments.figures import panels
 from miner_lens.experiments.plan import (
@@ -17,6 +16,7 @@ from miner_lens.experiments.plan import (
     Item,
     Options,
     Plan,
+    Sets,
     Weights,
     frame_of,
 )
@@ -28,6 +28,7 @@ from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 RANDOM = "random"
@@ -64,6 +65,8 @@ class Specificity(Finding):
 
         The interval is a 95 % percentile bootstrap interval over questions.
         """
+        import pandas as pd
+
         return pd.DataFrame(self.info["index"])
 
     def matrix(self, measure: str = "logprob") -> pd.DataFrame:
@@ -122,7 +125,7 @@ def specificity_plan(
     chosen = scores.select(ratio, strategy, weights)
     largest = max(chosen.values(), key=len)
     draws = [NeuronSet.random(len(largest), largest, seed) for seed in seeds]
-    sets = {**chosen, RANDOM: draws}
+    sets: dict[str, Sets] = {**chosen, RANDOM: draws}
     return Plan(tuple(Ablation.of(f"{off} off", one, {"off": off}) for off, one in sets.items()))
 
 
@@ -176,7 +179,7 @@ def _lost(
     question: Callable[[str], str],
 ) -> tuple[Any, Any]:
     """By question, what is lost through the modality whose neurons are off, and through others."""
-    lost = {}
+    lost: dict[Any, Any] = {}
     for label, rows in table.astype({measure: float}).groupby("label", sort=False):
         wide = rows.pivot(index="sample", columns="condition", values=measure)
         names = wide.index.map(question)

@@ -103,7 +103,7 @@ class Trials(Result):
             answers = tuple(tuple(map(str, row)) for row in given)
         return cls(
             tuple(map(str, samples)),
-            tuple(None if none else str(one) for one, none in zip(labels, labels.isna())),  # noqa: B905
+            tuple(one if isinstance(one, str) else None for one in labels),
             tuple(map(str, conditions)),
             rows["correct"].to_numpy(dtype=kind).reshape(shape),
             rows["logprob"].to_numpy(dtype=np.float64).reshape(shape),

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-import pandas as pd
-
 from miner_lens.experiments.figures import panels
-from miner_lens.experiments.plan import Ablation, Item, Options, Plan, Weights, said
+from miner_lens.experiments.plan import Ablation, Item, Options, Plan, Sets, Weights, said
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.stability import jaccard
 from miner_lens.experiments.table import Trials
@@ -17,6 +15,7 @@ from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 RANDOM = "random"
@@ -98,7 +97,7 @@ def transfer_plan(
         sets[name] = NeuronSet.union(chosen) if modality is None else chosen[modality]
     largest = max(sets.values(), key=len)
     draws = [NeuronSet.random(len(largest), largest, seed) for seed in seeds]
-    every: dict[str, Any] = {**sets, RANDOM: draws}
+    every: dict[str, Sets] = {**sets, RANDOM: draws}
     rows = (Ablation.of(f"mined on {name}", one, {"mined": name}) for name, one in every.items())
     return Plan(tuple(rows))
 

@@ -159,8 +159,17 @@ def trials(
                 "max_new_tokens": max_new_tokens if metric else None,
             }
         sampler = Sampler(max(WINDOW, batch_size), input_device(model))
-        how = (asking.prepare, asking.run, settings, keeping, progress)
-        seen, _ = work_through(ranks, items, [asking.scored], sampler, *how)
+        seen, _ = work_through(
+            ranks,
+            items,
+            [asking.scored],
+            sampler,
+            prepare=asking.prepare,
+            work=asking.run,
+            settings=settings,
+            keeping=keeping,
+            progress=progress,
+        )
     if not seen:
         raise ValueError("There is no data: the iterable of samples is empty.")
     asking.require_own_ids()  # of all processes now
@@ -297,11 +306,12 @@ def _checked(
     if twice := _twice([condition.name for condition in conditions]):
         raise ValueError(f"Two conditions are called {twice!r}; give each a name of its own.")
     hf_model = hf_model_of(model)
-    before, done_to = len(active(hf_model)), []
+    before = len(active(hf_model))
+    done_to: list[tuple[str, list[Any]]] = []
     for condition in conditions:
         # All of them now, not after hours.
         with condition.applied(model):
-            done_to.append([condition.name, active(hf_model)[before:]])
+            done_to.append((condition.name, active(hf_model)[before:]))
     return conditions, json.loads(json.dumps(done_to))
 
 

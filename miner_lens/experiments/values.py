@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from miner_lens.experiments.figures import panels
-from miner_lens.experiments.plan import Ablation, Data, Options, Plan, Weights, said, shown
+from miner_lens.experiments.plan import Ablation, Data, Options, Plan, Sets, Weights, said, shown
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.table import Trials
 from miner_lens.neurons.ablation import Value
@@ -93,7 +93,8 @@ def value_plan(
     everything = NeuronSet.union(chosen)
     draws = [NeuronSet.random_like(everything, seed) for seed in seeds]
     rows = []
-    for off, sets in {**chosen, ALL: everything, MATCHED: draws}.items():
+    every: dict[str, Sets] = {**chosen, ALL: everything, MATCHED: draws}
+    for off, sets in every.items():
         for value in values:
             about = {"off": off, "written": str(value)}
             rows.append(Ablation.of(f"{off}, {value} written", sets, about, value=value))

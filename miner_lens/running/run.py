@@ -121,8 +121,17 @@ def run(
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
             settings = _settings(model, analyzers, batch_size, on_error, wanted)
-        how = (passes.prepare, passes.run, settings, keeping, progress)
-        seen, skipped = work_through(ranks, items, analyzers, sampler, *how)
+        seen, skipped = work_through(
+            ranks,
+            items,
+            analyzers,
+            sampler,
+            prepare=passes.prepare,
+            work=passes.run,
+            settings=settings,
+            keeping=keeping,
+            progress=progress,
+        )
         if skipped == seen:
             none = f"None of the {seen} samples could be used; all were skipped."
             raise ValueError(none if seen else "There is no data: the iterable is empty.")

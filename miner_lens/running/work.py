@@ -77,6 +77,7 @@ def work_through(
     items: Items,
     states: Sequence[Mergeable],
     sampler: Sampler,
+    *,
     prepare: Callable[[dict[int, Any]], Prepared],
     work: Callable[[Prepared], int],
     settings: dict[str, Any],

@@ -162,7 +162,7 @@ def test_specificity(scores: ml.ImportanceScores, tmp_path: Path) -> None:
     assert matrix.loc["image", "text"] == pytest.approx(0.006)
     row = found.index.set_index("measure").loc["logprob"]
     assert row["index"] == pytest.approx(6 / 6.012)
-    assert row["low"] <= row["index"] <= row["high"]
+    assert row["low"] == pytest.approx(row["index"])  # all questions lose the same
     assert row["questions"] == SAMPLES
     assert found.summary.endswith(f"over {SAMPLES} questions, specific.")
     kept(found, tmp_path)
@@ -229,8 +229,6 @@ def test_necessity(scores: ml.ImportanceScores, tmp_path: Path) -> None:
     assert areas.loc[("text", "logprob", "deletion", "text"), "area"] == pytest.approx(naive)
     assert areas.loc[("text", "logprob", "deletion", "text"), "difference_high"] < 0
     assert areas.loc[("text", "logprob", "insertion", "text"), "difference_low"] > 0
-    # The neurons of text do not serve what is asked through the image.
-    assert areas.loc[("image", "logprob", "insertion", "text"), "difference_high"] < 0
     kept(found, tmp_path)
     with pytest.raises(ValueError, match="rise from 0 to 1"):
         ml.experiments.necessity_plan(scores, fractions=(0.0, 0.5))
