@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import miner_lens as ml
@@ -236,6 +236,7 @@ def test_necessity(scores: ml.ImportanceScores, tmp_path: Path) -> None:
         ml.experiments.necessity_plan(scores, ["smell"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=6))
 def test_area_is_between_the_extremes(values: list[float]) -> None:
     fractions = list(np.linspace(0, 1, len(values)))
