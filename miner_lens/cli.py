@@ -19,6 +19,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# The experiments on neurons that are switched off, and which of the options each takes.
+EXPERIMENTS: dict[str, tuple[str, ...]] = {
+    "ablation-table": ("ratio", "strategy"),
+    "ablation-values": ("ratio", "strategy"),
+    "necessity": (),
+    "ratio-sweep": ("strategy",),
+    "selection-grid": ("ratio",),
+    "specificity": ("ratio", "strategy"),
+    "transfer": ("ratio", "strategy"),
+}
+
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or organism name.")]
 
 
@@ -210,6 +221,64 @@ def domains(
             matrix.save(out / "matrix.safetensors")
             matrix.to_frame().to_csv(out / "matrix.csv", index=False)
             typer.echo(repr(matrix))
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    model: Model,
+    data: Annotated[
+        list[str], typer.Argument(help="Data sets, such as easy-vqa:image easy-vqa:text.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the result, its table and its figure.")],
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores that `mine` saved; mined anew if left out.")
+    ] = None,
+    mined: Annotated[int, typer.Option(help="So many samples of each data set are mined.")] = 100,
+    limit: Annotated[int, typer.Option(help="So many others are tried.")] = 100,
+    ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
+    strategy: Annotated[str, typer.Option(help="As for select.")] = "LA_MU",
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder from which trials that were stopped continue.")
+    ] = None,
+) -> None:
+    """Switch neurons off and measure: are they specific, necessary, and beyond chance?"""
+    import miner_lens as ml
+
+    with _clear_errors():
+        if name not in EXPERIMENTS:
+            raise ValueError(
+                f"There is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}."
+            )
+        if name == "transfer" and scores is not None:
+            raise ValueError("transfer mines each data set by itself; leave --scores out.")
+        asked = [one.partition(":")[2] or one for one in data]
+        labels = asked if len(set(asked)) == len(asked) else data
+        sets = {
+            label: _data_set(one, mined + limit) for label, one in zip(labels, data, strict=True)
+        }
+        bridge = _load(model)
+        found: Any
+        if scores is None:
+            each = {
+                label: ml.mine(bridge, some[:mined], batch_size=batch_size)
+                for label, some in sets.items()
+            }
+            found = each if name == "transfer" else ml.ImportanceScores.mean(each.values())
+        else:
+            found = ml.ImportanceScores.load(scores)
+        tried = {label: some[mined:] for label, some in sets.items()}
+        given = {"ratio": ratio, "strategy": strategy}
+        how: dict[str, Any] = {option: given[option] for option in EXPERIMENTS[name]}
+        made = getattr(ml.experiments, name.replace("-", "_"))
+        result = made(bridge, tried, found, batch_size=batch_size, checkpoint=checkpoint, **how)
+        if launchers.rank() > 0:  # all ranks have it
+            return
+        result.save(out / f"{name}.safetensors")
+        result.frame.to_csv(out / f"{name}.csv", index=False)
+        result.figure().savefig(out / f"{name}.png")
+    typer.echo(result.summary)
 
 
 @app.command()

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,33 @@ def write(
         "checksum": _checksum(data, text),
         "metadata": text,
     }
+    try:
+        with whole(path) as temporary:
+            save_file(data, temporary, metadata={_KEY: json.dumps(header)})
+    except SafetensorError as error:
+        raise OSError(
+            f"{path} could not be written ({error}). What was there before is intact; make room, "
+            f"or give another folder, and try again."
+        ) from error
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary name to write under; the file gets its own when it is complete and on disk.
+
+    Missing parent folders are made. After an error what was there before is intact.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(data, temporary, metadata={_KEY: json.dumps(header)})
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are private
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except SafetensorError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error}). What was there before is intact; make room, "
-            f"or give another folder, and try again."
-        ) from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -118,16 +130,25 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], An
         raise ValueError(
             f"{path} holds {header['kind']}, not {kind}. Load it with {header['kind']}.load(...)."
         )
-    if header["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {header['format']}; this miner-lens reads up to {FORMAT}. "
-            f"Upgrade with pip install -U miner-lens."
-        )
+    check_format(path, header["format"])
     if header["checksum"] != _checksum(tensors, header["metadata"]):
         raise ValueError(
             f"{path} is damaged: its checksum does not fit its content. Save or download it again."
         )
     return tensors, json.loads(header["metadata"])
+
+
+def check_format(path: str | os.PathLike[str], found: int) -> None:
+    """Refuse a file of a newer format.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if found > FORMAT:
+        raise ValueError(
+            f"{path} has format {found}; this miner-lens reads up to {FORMAT}. "
+            f"Upgrade with pip install -U miner-lens."
+        )
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 import miner_lens as ml
 from miner_lens import demo
-from miner_lens.cli import app
+from miner_lens.cli import EXPERIMENTS, app
 
 
 def call(*arguments: Any, code: int = 0) -> str:
@@ -21,7 +22,7 @@ def call(*arguments: Any, code: int = 0) -> str:
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
     names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
-    assert all(name in shown for name in (*names, "convergence", "flow", "patch"))
+    assert all(name in shown for name in (*names, "convergence", "flow", "patch", "experiment"))
 
 
 def test_info() -> None:
@@ -80,6 +81,27 @@ def test_domains(tmp_path: Path) -> None:
     assert "arithmetic: NeuronSet" in shown
     alone = call("domains", "shapes", "easy-vqa", "--limit", 2, "--out", tmp_path / "one", code=2)
     assert "one domain among several" in alone
+
+
+def test_experiment(tmp_path: Path) -> None:
+    data = ["shapes", "easy-vqa:image", "easy-vqa:text"]
+    small = ["--mined", 4, "--limit", 4, "--out", tmp_path, "--checkpoint", tmp_path / "kept"]
+    shown = call("experiment", "specificity", *data, *small, "--ratio", 0.1)
+    assert "specificity index" in shown
+    found = ml.experiments.Specificity.load(tmp_path / "specificity.safetensors")
+    assert found.summary in shown
+    assert list(found.matrix().columns) == ["image", "text"]
+    assert len(pd.read_csv(tmp_path / "specificity.csv")) == len(found.frame)
+    assert (tmp_path / "specificity.png").read_bytes().startswith(b"\x89PNG")
+    assert "no experiment 'luck'" in call("experiment", "luck", *data, *small, code=2)
+    given = ("--scores", tmp_path / "scores.safetensors")
+    assert "leave --scores out" in call("experiment", "transfer", *data, *small, *given, code=2)
+
+
+def test_each_experiment_is_there_with_its_options() -> None:
+    for name, options in EXPERIMENTS.items():
+        made = getattr(ml.experiments, name.replace("-", "_"))
+        assert set(options) <= set(inspect.signature(made).parameters)
 
 
 def test_lens(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from miner_lens.data.labelled import labelled
 from miner_lens.experiments.statistics import Comparison, against_controls, costs
-from miner_lens.experiments.trials import Condition, Item, Trials, trials
+from miner_lens.experiments.table import Trials
+from miner_lens.experiments.trials import Condition, Item, trials
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.result import Result
 from miner_lens.neurons.neuron_set import NeuronSet

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from miner_lens.data.sample import Sample
 from miner_lens.experiments.statistics import costs
-from miner_lens.experiments.trials import WINDOW, Item, Trials
+from miner_lens.experiments.table import Trials
+from miner_lens.experiments.trials import WINDOW, Item
 from miner_lens.models.access import identity, layout
 from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.collate import collate, fit, kinds

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from miner_lens.experiments.resampling import holm, interval, p_values
+
 if TYPE_CHECKING:
     import pandas as pd
-    from jaxtyping import Float
 
 # What is measured in each trial.
 MEASURES = ("correct", "logprob")
-CONFIDENCE = 0.95
-# So many resamples are held at a time.
-_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def costs(
     tables = []
     for label, measure, wide in _paired(trials, intact):
         lost = wide.rsub(wide[intact], axis=0)
-        low, high = _interval(lost.T.to_numpy(), resamples, seed)
+        low, high = interval(lost.T.to_numpy(), resamples, seed)
         tables.append(
             pd.DataFrame(
                 {
@@ -154,7 +152,7 @@ def against_controls(
     if not tables:
         raise ValueError("No label has a condition and its controls, so nothing can be compared.")
     table = pd.concat(tables, ignore_index=True)
-    table["p_holm"] = _holm(table["p"].to_numpy())
+    table["p_holm"] = holm(table["p"].to_numpy())
     table["beyond_chance"] = (table["p_holm"] <= alpha) & (table["cost"] > table["control_high"])
     return table
 
@@ -230,9 +228,9 @@ def _compared(
     controls = [lost[list(one.controls)] for one in comparisons]
     pairs = zip(comparisons, controls, strict=True)
     differences = np.stack([(lost[one.condition] - many.mean(axis=1)) for one, many in pairs])
-    low, high = _interval(differences, resamples, seed)
+    low, high = interval(differences, resamples, seed)
     cost = lost[[one.condition for one in comparisons]].T.to_numpy()
-    cost_low, cost_high = _interval(cost, resamples, seed)
+    cost_low, cost_high = interval(cost, resamples, seed)
     return pd.DataFrame(
         {
             "condition": [one.condition for one in comparisons],
@@ -247,7 +245,7 @@ def _compared(
             "difference": differences.mean(axis=1),
             "low": low,
             "high": high,
-            "p": _p_values(differences, resamples, seed),
+            "p": p_values(differences, resamples, seed),
         }
     )
 
@@ -261,7 +259,7 @@ def _two_ways(here: Any, there: Any, resamples: int, seed: int) -> dict[str, Any
             f"{there.index[0]!r}. `question` must make the same name of both."
         )
     here, there = here[shared].to_numpy(), there[shared].to_numpy()
-    low, high = _interval(np.stack([here, there, here - there]), resamples, seed)
+    low, high = interval(np.stack([here, there, here - there]), resamples, seed)
     verdict = "not shown to be specific"
     if low[2] > 0:
         verdict = "specific"
@@ -316,66 +314,6 @@ def _check_comparisons(trials: pd.DataFrame, comparisons: Sequence[Comparison]) 
         if not one.controls:
             raise ValueError(f"The comparison of {one.condition!r} has no control conditions.")
         _require(trials, [one.condition, *one.controls])
-
-
-def _interval(
-    values: Float[np.ndarray, "row sample"], resamples: int, seed: int
-) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """A percentile bootstrap interval of each row's mean, all by the same resamples."""
-    stats = _scipy()
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        axis=-1,
-        vectorized=True,
-        method="percentile",
-        confidence_level=CONFIDENCE,
-        n_resamples=resamples,
-        batch=_BATCH,
-        rng=seed,
-    )
-    low, high = found.confidence_interval
-    return low, high
-
-
-def _p_values(
-    differences: Float[np.ndarray, "row sample"], resamples: int, seed: int
-) -> Float[np.ndarray, " row"]:
-    """Of each row's hypothesis that differences are as often negative as positive, or more."""
-    stats = _scipy()
-    found = stats.permutation_test(
-        (differences,),
-        np.mean,
-        axis=-1,
-        permutation_type="samples",  # of one sample: changes of sign
-        alternative="greater",
-        n_resamples=resamples,
-        batch=_BATCH,
-        vectorized=True,
-        rng=seed,
-    )
-    p: Float[np.ndarray, " row"] = found.pvalue
-    return p
-
-
-def _holm(p: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
-    """P-values adjusted for being of one family."""
-    try:
-        from statsmodels.stats.multitest import multipletests
-    except ImportError as error:
-        raise ImportError(
-            "Adjusting for many comparisons needs statsmodels: pip install miner-lens[demo]"
-        ) from error
-    adjusted: Float[np.ndarray, " row"] = multipletests(p, method="holm")[1]
-    return adjusted
-
-
-def _scipy() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError("Intervals and tests need scipy: pip install miner-lens[demo]") from error
-    return stats
 
 
 def _list(names: Iterable[Any]) -> str:

@@ -34,6 +34,17 @@ class Forced:
         """How many tokens the model reads."""
         return int(self.inputs["input_ids"].shape[1])
 
+    @property
+    def prompt(self) -> Inputs:
+        """Model inputs of the prompt alone."""
+        shape = self.inputs["input_ids"].shape
+        return {
+            name: value[:, : -len(self.answer)]
+            if isinstance(value, Tensor) and value.shape == shape
+            else value
+            for name, value in self.inputs.items()
+        }
+
 
 def force(model: Any, sample: Sample) -> Forced:
     """A sample's prompt, as `render` makes it, and the first of its answers after it.

@@ -5,29 +5,21 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack, overload
 
-import torch
-from tqdm.auto import tqdm
-
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
-from miner_lens.data.signature import signature
-from miner_lens.models.access import identity
 from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
-from miner_lens.models.inside import hf_model_of
 from miner_lens.models.modality import Masks
-from miner_lens.neurons.active import active
 from miner_lens.running.analyzer import Analyzer
-from miner_lens.running.batches import BatchSize, Sampler, ahead
-from miner_lens.running.checkpoint import Checkpoint, Record
-from miner_lens.running.distributed import RankError, Ranks, joined
+from miner_lens.running.batches import BatchSize, Sampler
+from miner_lens.running.distributed import joined
 from miner_lens.running.passes import Objective, OnError, Passes
-from miner_lens.running.shards import Items, Shard
+from miner_lens.running.shards import Items
+from miner_lens.running.work import Keeping, state_of, work_through
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -118,10 +110,8 @@ def run(
     model = prepared_bridge(model)
     device = input_device(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
-    advice = f"Start it again to continue from {checkpoint}, with any number of processes."
-    if checkpoint is None:
-        advice = "Nothing was kept: with checkpoint='folder' the next run would continue."
-    with evaluating(model), joined(advice) as ranks, ExitStack() as stack:
+    keeping = Keeping(checkpoint, checkpoint_every, checkpoint_every_samples)
+    with evaluating(model), joined(keeping.advice) as ranks:
         for analyzer in analyzers:
             analyzer.begin(model)
         sampler = Sampler(batch_size, device)
@@ -131,56 +121,20 @@ def run(
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
             settings = _settings(model, analyzers, batch_size, on_error, wanted)
-        _require_same(ranks, settings, items)
-        kept, record, done = None, Record(), []
-        if checkpoint is not None:
-            every = (checkpoint_every, checkpoint_every_samples)
-            kept = Checkpoint(checkpoint, ranks.rank, ranks.world_size, *every, settings)
-            if ranks.rank == 0:
-                stack.enter_context(kept.reserved())
-            found = ranks.gather(kept.survey() if ranks.rank == 0 else None)[0]
-            record = kept.load(found, analyzers)
-            done = [number for one in found.values() for number in one]
-        sampler.limit = record.limit or sampler.limit
-        pairs = torch.tensor(done, dtype=torch.long).reshape(-1, 2)
-        shard = Shard(items, sampler.size, ranks.rank, ranks.world_size, pairs)
-        shown = progress and ranks.rank == 0
-        bar = tqdm(total=items.length, initial=len(pairs), unit=" samples", disable=not shown)
-        stack.enter_context(bar)
-
-        def show(counts: tuple[int, int] | None = None) -> None:
-            seen, skipped = counts or ranks.progress(len(record), record.skipped)
-            if skipped:
-                bar.set_postfix(skipped=skipped, refresh=False)
-            bar.update(seen - bar.n)
-
-        def write(finished: bool = False) -> None:
-            # What is continued with other data must not be written before that is found out.
-            if kept is not None and kept.is_due(record, finished) and shard.checked:
-                kept.write(record, analyzers)
-
-        try:
-            show()
-            with closing(ahead(shard, passes.prepare)) as units:
-                for unit, prepared in units:
-                    record.add(unit, passes.run(prepared), signed=kept is not None)
-                    record.limit = sampler.limit
-                    write()
-                    show()
-        except RankError:
-            write(finished=True)
-            raise
-        write(finished=True)
-        counts = ranks.gather([len(record), record.skipped], show)
-        seen, skipped = (sum(one) for one in zip(*counts, strict=True))
-        show((seen, skipped))
+        seen, skipped = work_through(
+            ranks,
+            items,
+            analyzers,
+            sampler,
+            prepare=passes.prepare,
+            work=passes.run,
+            settings=settings,
+            keeping=keeping,
+            progress=progress,
+        )
         if skipped == seen:
             none = f"None of the {seen} samples could be used; all were skipped."
             raise ValueError(none if seen else "There is no data: the iterable is empty.")
-        for states in ranks.states(analyzers):
-            for analyzer, state in zip(analyzers, states, strict=True):
-                analyzer.merge_state_dict(state)
-        ranks.share(analyzers)
         if skipped and ranks.rank == 0:
             why = "; ".join(analyzers[0].reasons)
             warnings.warn(f"{skipped} of {seen} samples were skipped. {why}", stacklevel=2)
@@ -196,19 +150,14 @@ def _settings(
     objective: Objective | None,
 ) -> dict[str, Any]:
     """What must be the same when a run is continued, as JSON has it."""
-    hf_model = hf_model_of(model)
     function = f"{objective.__module__}.{objective.__qualname__}" if callable(objective) else None
     settings = {
-        "model": identity(model).to_dict(),
-        "dtype": str(hf_model.dtype),
-        "ablations": active(hf_model),
-        "hooks": [name for name, point in model.hook_dict.items() if point.fwd_hooks],
         "analyzers": [[type(one).__name__, one.settings] for one in analyzers],
         "batch_size": batch_size,
         "on_error": on_error,
         "objective": function or objective,
     }
-    return dict(json.loads(json.dumps(settings)))
+    return {**state_of(model), **json.loads(json.dumps(settings))}
 
 
 def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:
@@ -218,23 +167,6 @@ def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:
                 f"This {type(analyzer).__name__} has seen {analyzer.samples} samples already, and "
                 "they would count again: give a new one, and add the two (a + b) afterwards."
             )
-
-
-def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
-    """Refuse ranks that would not work on the same thing."""
-    if ranks.world_size == 1:
-        return
-    few = sorted({0, (items.length or 1) // 2, (items.length or 1) - 1})
-    some = [signature(items.look_up(one)) for one in few if items.indexed and items.length]
-    mine = {"settings": settings, "samples": items.length, "some samples": some}
-    for rank, theirs in enumerate(ranks.gather(mine)):
-        for what in mine:
-            if theirs[what] != mine[what]:
-                values = f"{mine[what]} and {theirs[what]}"
-                raise ValueError(
-                    f"Ranks {ranks.rank} and {rank} differ in {what}: {values}. Give all processes "
-                    "the same model, settings, and data in the same order."
-                )
 
 
 def _check_arguments(

@@ -25,8 +25,9 @@ from tests.running.test_checkpoint import ONE_THREAD, ROOT
 
 
 def in_a_new_process(scenario: Callable[[Path], None], folder: Path) -> None:
-    """Run a function of this file where nothing but one thread has run before, so it can fork."""
-    command = f"import sys, {__name__} as here; here.{scenario.__name__}(here.Path(sys.argv[1]))"
+    """Run a function of a test file where nothing but one thread has run before, so it can fork."""
+    name = f"{scenario.__module__} as here; here.{scenario.__name__}"
+    command = f"import sys, {name}(here.Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", command, str(folder)],
         capture_output=True,

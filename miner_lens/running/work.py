@@ -1,0 +1,178 @@
+"""What a run of any kind does: each process works through its share of the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from miner_lens.data.signature import signature
+from miner_lens.models.access import identity
+from miner_lens.models.inside import hf_model_of
+from miner_lens.neurons.active import active
+from miner_lens.running.batches import Sampler, ahead
+from miner_lens.running.checkpoint import Checkpoint, Record
+from miner_lens.running.distributed import RankError, Ranks
+from miner_lens.running.shards import Items, Shard
+from miner_lens.running.stateful import State
+
+Prepared = TypeVar("Prepared")
+
+
+class Mergeable(Protocol):
+    """State that is written, sent and merged as tensors by name."""
+
+    def state_dict(self) -> State:
+        """Everything that it holds."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold what `state_dict` returned, and nothing else."""
+
+    def merge_state_dict(self, state: State) -> None:
+        """Add what another one holds."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where a run keeps what it has done, and how often.
+
+    Attributes:
+        folder: The checkpoint; None: nothing is kept.
+        seconds: Between two writes.
+        samples: Write also after so many samples of a process.
+    """
+
+    folder: str | Path | None = None
+    seconds: float = 60.0
+    samples: int | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to do when the run has been stopped."""
+        if self.folder is None:
+            return "Nothing was kept: with checkpoint='folder' the next run would continue."
+        return f"Start it again to continue from {self.folder}, with any number of processes."
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """What must be the same of a model when a run is continued, as JSON has it."""
+    hf_model = hf_model_of(model)
+    found = {
+        "model": identity(model).to_dict(),
+        "dtype": str(hf_model.dtype),
+        "ablations": active(hf_model),
+        "hooks": [name for name, point in model.hook_dict.items() if point.fwd_hooks],
+    }
+    return dict(json.loads(json.dumps(found)))
+
+
+def work_through(
+    ranks: Ranks,
+    items: Items,
+    states: Sequence[Mergeable],
+    sampler: Sampler,
+    *,
+    prepare: Callable[[dict[int, Any]], Prepared],
+    work: Callable[[Prepared], int],
+    settings: dict[str, Any],
+    keeping: Keeping,
+    progress: bool = True,
+) -> tuple[int, int]:
+    """Work through the data, a unit of `sampler.size` items at a time, and merge the states.
+
+    Afterwards every rank has the states of all. What goes through the model together depends on
+    the data and the size of a unit, not on the ranks or on where a run was stopped.
+
+    Args:
+        ranks: The processes of this run.
+        items: The data.
+        states: New ones, which `work` adds to.
+        sampler: Knows how many items are a unit.
+        prepare: What can be done for a unit while the one before it is at work, in a thread.
+        work: Do a prepared unit, whole; how many of its items could not be used.
+        settings: What must be the same on all ranks, and when the run is continued. Its `analyzers`
+            has an entry for each state.
+        keeping: Where what is done is kept.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        How many items were seen, and how many of these could not be used.
+
+    Raises:
+        ValueError: A checkpoint of another run or one that another run is using, or ranks that
+            differ in data or settings.
+        RankError: Another process has stopped.
+    """
+    _require_same(ranks, settings, items)
+    kept, record, done = None, Record(), []
+    with ExitStack() as stack:
+        if keeping.folder is not None:
+            every = (keeping.seconds, keeping.samples)
+            kept = Checkpoint(keeping.folder, ranks.rank, ranks.world_size, *every, settings)
+            if ranks.rank == 0:
+                stack.enter_context(kept.reserved())
+            found = ranks.gather(kept.survey() if ranks.rank == 0 else None)[0]
+            record = kept.load(found, states)
+            done = [number for one in found.values() for number in one]
+        sampler.limit = record.limit or sampler.limit
+        pairs = torch.tensor(done, dtype=torch.long).reshape(-1, 2)
+        shard = Shard(items, sampler.size, ranks.rank, ranks.world_size, pairs)
+        shown = progress and ranks.rank == 0
+        bar = tqdm(total=items.length, initial=len(pairs), unit=" samples", disable=not shown)
+        stack.enter_context(bar)
+
+        def show(counts: tuple[int, int] | None = None) -> None:
+            seen, skipped = counts or ranks.progress(len(record), record.skipped)
+            if skipped:
+                bar.set_postfix(skipped=skipped, refresh=False)
+            bar.update(seen - bar.n)
+
+        def write(finished: bool = False) -> None:
+            # What is continued with other data must not be written before that is found out.
+            if kept is not None and kept.is_due(record, finished) and shard.checked:
+                kept.write(record, states)
+
+        try:
+            show()
+            with closing(ahead(shard, prepare)) as units:
+                for unit, prepared in units:
+                    record.add(unit, work(prepared), signed=kept is not None)
+                    record.limit = sampler.limit
+                    write()
+                    show()
+        except RankError:
+            write(finished=True)
+            raise
+        write(finished=True)
+        counts = ranks.gather([len(record), record.skipped], show)
+        seen, skipped = (sum(one) for one in zip(*counts, strict=True))
+        show((seen, skipped))
+        if skipped < seen:
+            for theirs in ranks.states(states):
+                for own, state in zip(states, theirs, strict=True):
+                    own.merge_state_dict(state)
+            ranks.share(states)
+    return seen, skipped
+
+
+def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
+    """Refuse ranks that would not work on the same thing."""
+    if ranks.world_size == 1:
+        return
+    few = sorted({0, (items.length or 1) // 2, (items.length or 1) - 1})
+    some = [signature(items.look_up(one)) for one in few if items.indexed and items.length]
+    mine = {"settings": settings, "samples": items.length, "some samples": some}
+    for rank, theirs in enumerate(ranks.gather(mine)):
+        for what in mine:
+            if theirs[what] != mine[what]:
+                values = f"{mine[what]} and {theirs[what]}"
+                raise ValueError(
+                    f"Ranks {ranks.rank} and {rank} differ in {what}: {values}. Give all processes "
+                    "the same model, settings, and data in the same order."
+                )
