@@ -21,7 +21,7 @@ def call(*arguments: Any, code: int = 0) -> str:
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
     names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
-    assert all(name in shown for name in (*names, "convergence", "flow", "patch"))
+    assert all(name in shown for name in (*names, "convergence", "flow", "patch", "neuron"))
 
 
 def test_info() -> None:
@@ -120,6 +120,16 @@ def test_flow(tmp_path: Path) -> None:
     assert len(ml.InformationFlow.load(tmp_path / "flow.safetensors").cuts) == 2
     assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == {0, 1}
     assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neuron(tmp_path: Path) -> None:
+    arguments = ["neuron", "shapes", 3, 17, "--limit", 3, "--k", 2]
+    shown = call(*arguments, "--out", tmp_path / "card.safetensors")
+    assert "Neuron 17 of layer 3, on 3 samples." in shown
+    assert "attribution" in shown
+    assert shown.count("\npromotes '") == 2
+    assert len(ml.NeuronCard.load(tmp_path / "card.safetensors").moments) == 2
+    assert "lies outside" in call("neuron", "shapes", 6, 0, "--limit", 1, code=2)
 
 
 def test_patch(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What does it do? What a model still knows with neurons switched off."""
 
 from miner_lens.experiments.attention_effect import AttentionEffect, attention_effect
+from miner_lens.experiments.card import NeuronCard, card
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.flow import InformationFlow, information_flow
@@ -17,6 +18,7 @@ __all__ = [
     "DomainMatrix",
     "InformationFlow",
     "LayerDistribution",
+    "NeuronCard",
     "Overlap",
     "Patching",
     "Recovery",
@@ -26,6 +28,7 @@ __all__ = [
     "activation_patching",
     "answers",
     "attention_effect",
+    "card",
     "counterfactuals",
     "domain_matrix",
     "information_flow",
