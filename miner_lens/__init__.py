@@ -77,7 +77,7 @@ if TYPE_CHECKING:
         scale,
     )
     from miner_lens.neurons.knockout import knockout
-    from miner_lens.report import plots
+    from miner_lens.reporting import plots, report
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
     from miner_lens.scoring import (
@@ -143,6 +143,7 @@ _HOMES = {
     "logit_lens": "analyzers",
     "mine": "analyzers",
     "pattern_points": "models",
+    "report": "reporting",
     "residual_points": "models",
     "run": "running",
     "scale": "neurons",
@@ -155,7 +156,7 @@ _MODULES = {
     "experiments": "experiments",
     "kernels": "scoring.kernels",
     "organisms": "organisms",
-    "plots": "report.plots",
+    "plots": "reporting.plots",
 }
 
 __all__ = [
@@ -215,6 +216,7 @@ __all__ = [
     "organisms",
     "pattern_points",
     "plots",
+    "report",
     "residual_points",
     "run",
     "scale",

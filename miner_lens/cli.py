@@ -404,6 +404,41 @@ def neuron(
             typer.echo(f"{one.sample}: {one.value:.3f} at {one.tokens[one.peak]!r} ({one.peak})")
 
 
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Files that other commands or `.save` wrote, and tables as CSV."),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "miner-lens report",
+) -> None:
+    """Write results to one HTML page that opens from disk, without a network."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        names = [path.stem for path in results]
+        twice = {name for name in names if names.count(name) > 1}
+        found = {str(path) if path.stem in twice else path.stem: _result(path) for path in results}
+        typer.echo(ml.report(found, out, title))
+
+
+def _result(path: Path) -> Any:
+    """What a file holds, whichever kind of result it is."""
+    import pandas as pd
+
+    import miner_lens as ml
+    from miner_lens import files
+
+    if ".csv" in path.suffixes:
+        return pd.read_csv(path)
+    kind = files.kind_of(path)
+    home = ml if kind in ml.__all__ else ml.experiments
+    if not hasattr(home, kind):
+        raise ValueError(f"{path} holds {kind}, which this miner-lens does not know.")
+    return getattr(home, kind).load(path)
+
+
 def _data_set(name: str, limit: int | None) -> Any:
     """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
     import miner_lens as ml

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from miner_lens.experiments.figures import COLOURS
 from miner_lens.experiments.moments import Medium, Moment
 
 if TYPE_CHECKING:
-    from miner_lens.experiments.card import NeuronCard
+    import pandas as pd
 
 # Marks are laid over the page's own colours, so that they suit light and dark pages.
 STYLE = """<style>
@@ -31,7 +31,32 @@ MARK = "230, 120, 0"
 SIDE = 160
 
 
-def card_html(card: NeuronCard) -> str:
+class Card(Protocol):
+    """What is shown of a neuron; `NeuronCard` says what each of it is."""
+
+    @property
+    def frame(self) -> pd.DataFrame: ...  # noqa: D102
+    @property
+    def info(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def layer(self) -> int: ...  # noqa: D102
+    @property
+    def neuron(self) -> int: ...  # noqa: D102
+    @property
+    def summary(self) -> str: ...  # noqa: D102
+    @property
+    def moments(self) -> list[Moment]: ...  # noqa: D102
+    @property
+    def promotes(self) -> list[tuple[str, float]]: ...  # noqa: D102
+    @property
+    def suppresses(self) -> list[tuple[str, float]]: ...  # noqa: D102
+    @property
+    def neighbours(self) -> list[tuple[int, int, float]]: ...  # noqa: D102
+    @property
+    def costs(self) -> list[Mapping[str, Any]]: ...  # noqa: D102
+
+
+def card_html(card: Card) -> str:
     """The card, as a notebook or a report shows it."""
     name = f"Layer {card.layer}, neuron {card.neuron}"
     model = card.info["identity"]["name"]
@@ -181,7 +206,7 @@ def _svg(width: float, height: float, label: str, drawn: Sequence[str]) -> str:
     return f'<svg {size} role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
 
 
-def _scores(card: NeuronCard) -> str:
+def _scores(card: Card) -> str:
     """A row for each metric, a column for each modality or domain, each with its rank."""
     names = list(dict.fromkeys(card.frame["name"]))
     rows = []
