@@ -132,6 +132,21 @@ def test_neuron(tmp_path: Path) -> None:
     assert "lies outside" in call("neuron", "shapes", 6, 0, "--limit", 1, code=2)
 
 
+def test_report(tmp_path: Path) -> None:
+    msns = ml.NeuronSet([(0, 1), (1, 2)], layers=2, neurons=4)
+    ml.experiments.overlap({"image": msns}).save(tmp_path / "shared.safetensors")
+    msns.save(tmp_path / "image.safetensors")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    out = tmp_path / "page.html"
+    files = [tmp_path / name for name in ("shared.safetensors", "image.safetensors", "table.csv")]
+    assert "page.html" in call("report", *files, "--out", out)
+    text = out.read_text()
+    assert all(f">{name}</h2>" in text for name in ("shared", "image", "table"))
+    assert "There is no file" in call("report", tmp_path / "none.safetensors", code=2)
+    (tmp_path / "broken.safetensors").write_bytes(b"?")
+    assert "not a complete" in call("report", tmp_path / "broken.safetensors", code=2)
+
+
 def test_patch(tmp_path: Path) -> None:
     arguments = ["patch", "shapes", "easy-vqa", "--limit", 150, "--pairs", 2]
     assert "mean logit difference" in call(*arguments, "--out", tmp_path)

@@ -141,7 +141,12 @@ def _words(moment: Moment, shares: Sequence[float]) -> Iterator[str]:
         colour = COLOURS.get(kind, "#999999")
         style = f"border-color: {colour}; background: rgba({MARK}, {0.6 * share:.2f})"
         mark = ' class="peak"' if peak else ""
-        yield f'<span{mark} style="{style}" title="{title}">{escape(token)}</span>'
+        yield f'<span{mark} style="{style}" title="{title}">{escape(_visible(token))}</span>'
+
+
+def _visible(token: str) -> str:
+    """A token of which something is seen, also where it is a line's end."""
+    return token.replace("\n", "\u21b5\n")
 
 
 def _medium(medium: Medium, shares: Sequence[float], values: Sequence[float]) -> str:

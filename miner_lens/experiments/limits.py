@@ -15,6 +15,8 @@ from miner_lens.scoring.scores import ImportanceScores
 # Of a normal distribution: a difference is found at a level of 5 %, two-sided, in 80 % of studies,
 # if it is so many standard errors large.
 DETECTABLE = 1.960 + 0.842
+# Percentile bootstrap intervals of fewer samples are noticeably too narrow.
+FEW = 10
 UNITS = {"correct": "of the accuracy", "logprob": "nats of the answer's log-probability"}
 
 
@@ -29,7 +31,7 @@ def limits(result: Any, intact: str = "intact") -> list[str]:
         >>> import numpy as np
         >>> right = np.array([[True, True], [True, True]])
         >>> table = Trials(("a", "b"), (None, None), ("intact", "off"), right, -1.0 * right)
-        >>> limits(table)[0]
+        >>> limits(table)[1]
         'No answer changed under any condition: of 2 samples, up to 78 % might (95 % confidence).'
     """
     if isinstance(result, NeuronCard):
@@ -57,6 +59,8 @@ def _of_trials(table: pd.DataFrame, intact: str) -> Iterator[str]:
             if count < 2:
                 yield f"One sample{under} says nothing of any other."
                 break
+            if count < FEW and measure == "correct":
+                yield _few(count, under)
             if measure == "correct" and not lost.to_numpy().any():
                 # The exact bound: so large a share would show no change in 5 % of studies.
                 most = 1 - 0.05 ** (1 / count)
@@ -64,6 +68,8 @@ def _of_trials(table: pd.DataFrame, intact: str) -> Iterator[str]:
                     f"No answer changed under any condition{under}: of {count} samples, up to "
                     f"{100 * most:.0f} % might (95 % confidence)."
                 )
+                continue
+            if not lost.to_numpy().any():
                 continue
             least = DETECTABLE * float(lost.std().max()) / count**0.5
             yield (
@@ -87,10 +93,17 @@ def _of_card(card: NeuronCard) -> Iterator[str]:
                 f"Switching it off alone is not shown to change {what[row['measure']]}{under}: "
                 f"[{row['low']:z.3g}, {row['high']:z.3g}] on {row['samples']} samples."
             )
+    for label, count in {str(row["label"]): row["samples"] for row in card.costs}.items():
+        if count < FEW:
+            yield _few(count, f" under label {label}" if label else "")
     yield (
         f"The samples shown are the strongest of {card.info['samples']}; what fires the neuron "
         "outside of these data is not known."
     )
+
+
+def _few(count: int, under: str) -> str:
+    return f"{count} samples{under} are few: intervals over them are narrower than they should be."
 
 
 def _of_scores(scores: ImportanceScores) -> Iterator[str]:

@@ -155,6 +155,8 @@ def _table(name: str, caption: str, table: pd.DataFrame) -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return '<td class="number" data-value="NaN"></td>'
     if isinstance(value, str) or not hasattr(value, "__float__"):
         return f"<td>{escape(str(value))}</td>"
     number = float(value)
@@ -187,5 +189,7 @@ def _svg(name: str, label: str, figure: Figure) -> str:
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     width = float(figure.get_size_inches()[0]) * 96
-    named = f'<svg role="img" aria-label="{label}" style="max-width: {width:.0f}px" '
+    named = f'<svg role="img" aria-label="{label}" style="max-width: {width:.0f}px; '
+    # On a narrow page it scrolls before it is too small to read.
+    named += f'min-width: {0.7 * width:.0f}px" '
     return text.replace("<svg ", named, 1)

@@ -156,11 +156,12 @@ def contrast(one: str, other: str) -> float:
 
 def test_limits_of_trials() -> None:
     right = [[True] * 8, [True] * 4 + [False] * 4]
-    accuracy, logprob = limits(trials(right))
+    few, accuracy, logprob = limits(trials(right))
+    assert few.startswith("8 samples are few")
     lost = np.array([0] * 4 + [1] * 4)
     assert f"below about {2.802 * lost.std(ddof=1) / 8**0.5:.2g} of the accuracy" in accuracy
     assert "nats" in logprob
-    (same, _) = limits(trials([[True] * 10, [True] * 10]))
+    (same,) = limits(trials([[True] * 10, [True] * 10]))
     assert "up to 26 % might" in same  # 0.74 ** 10 = 0.05
     assert limits(trials([[True], [False]])) == ["One sample says nothing of any other."]
     assert limits(trials([[True, False]])) == []
