@@ -48,11 +48,11 @@ if TYPE_CHECKING:
         accuracy,
         activation_patching,
         answers,
-        card,
         counterfactuals,
         domain_matrix,
         information_flow,
     )
+    from miner_lens.experiments.card import card
     from miner_lens.experiments.trials import trials
     from miner_lens.models import (
         ModalityLayout,

@@ -236,7 +236,7 @@ def _costs(
     lost = costs(table)
     lost = lost[lost["condition"] == "off"].drop(columns="condition")
     lost["label"] = lost["label"].where(lost["label"].notna(), "")
-    return [dict(row) for row in lost.to_dict("records")]
+    return [{str(key): one for key, one in row.items()} for row in lost.to_dict("records")]
 
 
 def _sentences(card: NeuronCard) -> Iterator[str]:
@@ -244,7 +244,7 @@ def _sentences(card: NeuronCard) -> Iterator[str]:
     yield f"Neuron {card.neuron} of layer {card.layer}, on {info['samples']} samples."
     means = rows[(rows["metric"] == "mean X") & ~rows["name"].isin(["prompt", "special_text"])]
     if len(means):
-        best = means.loc[means["value"].idxmax()]
+        best = means.sort_values("value").iloc[-1]
         yield (
             f"On average it is most active at {best['name']} tokens (mean X {best['value']:.3f}, "
             f"rank {best['rank']} of {info['neurons']})."

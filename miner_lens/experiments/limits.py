@@ -50,7 +50,7 @@ def _of_trials(table: pd.DataFrame, intact: str) -> Iterator[str]:
     if intact not in set(table["condition"]) or table["condition"].nunique() < 2:
         return
     for label, rows in table.groupby("label", sort=False, dropna=False):
-        under = "" if pd.isna(label) else f" under label {label}"
+        under = "" if pd.isna(label) else f" under label {label!s}"
         for measure in ("correct", "logprob"):
             values = rows.astype({measure: float})
             wide = values.pivot(index="sample", columns="condition", values=measure)

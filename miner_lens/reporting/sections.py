@@ -107,8 +107,9 @@ def _most(lost: pd.DataFrame) -> Iterator[str]:
     """The condition that costs most, under each label."""
     rows = lost[lost["measure"] == "correct"]
     for label, group in rows.groupby("label", sort=False, dropna=False):
-        row = group.loc[group["cost"].idxmax()]
-        under = "" if pd.isna(label) else f"Under label {label}, "
+        row = group.sort_values("cost").iloc[-1]
+        named = str(label)
+        under = "" if pd.isna(label) else f"Under label {named}, "
         yield (
             f"{under}{row['condition']} costs most: {row['cost']:z.3f} [{row['low']:z.3f}, "
             f"{row['high']:z.3f}] of the accuracy, on {row['samples']} samples."
