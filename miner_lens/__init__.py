@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         KindAnalyzer,
         LogitLens,
         LogitLensAnalyzer,
+        TopActivationsAnalyzer,
         attribute,
         integrated_gradients,
         logit_lens,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         Condition,
         DomainMatrix,
         InformationFlow,
+        NeuronCard,
         Patching,
         Trials,
         accuracy,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         domain_matrix,
         information_flow,
     )
+    from miner_lens.experiments.card import card
     from miner_lens.experiments.trials import trials
     from miner_lens.models import (
         ModalityLayout,
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
         scale,
     )
     from miner_lens.neurons.knockout import knockout
-    from miner_lens.report import plots
+    from miner_lens.reporting import plots, report
     from miner_lens.running import Analyzer, Batch, RankError
     from miner_lens.running.run import run
     from miner_lens.scoring import (
@@ -107,6 +110,7 @@ _HOMES = {
     "LogitLensAnalyzer": "analyzers",
     "ModalityLayout": "models",
     "ModelIdentity": "models",
+    "NeuronCard": "experiments",
     "NeuronKinds": "scoring",
     "NeuronSet": "neurons",
     "Patching": "experiments",
@@ -115,6 +119,7 @@ _HOMES = {
     "Sample": "data",
     "SampleError": "data",
     "Selection": "scoring",
+    "TopActivationsAnalyzer": "analyzers",
     "Trials": "experiments",
     "ablate": "neurons",
     "ablation_hooks": "neurons",
@@ -125,6 +130,7 @@ _HOMES = {
     "attribute": "analyzers",
     "bake": "neurons",
     "bind": "models",
+    "card": "experiments",
     "check_family": "models",
     "counterfactuals": "experiments",
     "domain_matrix": "experiments",
@@ -137,6 +143,7 @@ _HOMES = {
     "logit_lens": "analyzers",
     "mine": "analyzers",
     "pattern_points": "models",
+    "report": "reporting",
     "residual_points": "models",
     "run": "running",
     "scale": "neurons",
@@ -149,7 +156,7 @@ _MODULES = {
     "experiments": "experiments",
     "kernels": "scoring.kernels",
     "organisms": "organisms",
-    "plots": "report.plots",
+    "plots": "reporting.plots",
 }
 
 __all__ = [
@@ -171,6 +178,7 @@ __all__ = [
     "LogitLensAnalyzer",
     "ModalityLayout",
     "ModelIdentity",
+    "NeuronCard",
     "NeuronKinds",
     "NeuronSet",
     "Patching",
@@ -179,6 +187,7 @@ __all__ = [
     "Sample",
     "SampleError",
     "Selection",
+    "TopActivationsAnalyzer",
     "Trials",
     "ablate",
     "ablation_hooks",
@@ -189,6 +198,7 @@ __all__ = [
     "attribute",
     "bake",
     "bind",
+    "card",
     "check_family",
     "counterfactuals",
     "datasets",
@@ -206,6 +216,7 @@ __all__ = [
     "organisms",
     "pattern_points",
     "plots",
+    "report",
     "residual_points",
     "run",
     "scale",

@@ -441,6 +441,73 @@ def lens(
             typer.echo(f"{modality}: entropy changes course at {', '.join(ends) or 'no layer'}")
 
 
+@app.command()
+def neuron(
+    model: Model,
+    layer: Annotated[int, typer.Argument(help="The neuron's layer, from 0.")],
+    index: Annotated[int, typer.Argument(help="Its place in the layer, from 0.")],
+    data: Annotated[str, typer.Option(help="A data set, such as easy-vqa:both.")] = "easy-vqa",
+    out: Annotated[Path | None, typer.Option(help="Where to save the card, for `report`.")] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Scores that are there already, to be shown.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    k: Annotated[int, typer.Option(help="So many samples, tokens and neighbours.")] = 6,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Show what is known of one neuron: scores, top samples, vocabulary, neighbours, its cost."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        known = [ml.ImportanceScores.load(path) for path in scores or ()]
+        samples = _data_set(data, limit)
+        card = ml.card(_load(model), samples, layer, index, known, k=k, batch_size=batch_size)
+        if out is not None:
+            card.save(out)
+        typer.echo(card.summary)
+        typer.echo(card.frame.to_string(index=False))
+        for place, (word, value) in enumerate(card.promotes):
+            other, less = card.suppresses[place]
+            typer.echo(f"promotes {word!r} {value:+.2f}   suppresses {other!r} {less:+.2f}")
+        for one in card.moments:
+            typer.echo(f"{one.sample}: {one.value:.3f} at {one.tokens[one.peak]!r} ({one.peak})")
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Files that other commands or `.save` wrote, and tables as CSV."),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "miner-lens report",
+) -> None:
+    """Write results to one HTML page that opens from disk, without a network."""
+    import miner_lens as ml
+
+    with _clear_errors():
+        names = [path.stem for path in results]
+        twice = {name for name in names if names.count(name) > 1}
+        found = {str(path) if path.stem in twice else path.stem: _result(path) for path in results}
+        typer.echo(ml.report(found, out, title))
+
+
+def _result(path: Path) -> Any:
+    """What a file holds, whichever kind of result it is."""
+    import pandas as pd
+
+    import miner_lens as ml
+    from miner_lens import files
+
+    if ".csv" in path.suffixes:
+        return pd.read_csv(path)
+    kind = files.kind_of(path)
+    home = ml if kind in ml.__all__ else ml.experiments
+    if not hasattr(home, kind):
+        raise ValueError(f"{path} holds {kind}, which this miner-lens does not know.")
+    return getattr(home, kind).load(path)
+
+
 def _data_set(name: str, limit: int | None) -> Any:
     """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
     import miner_lens as ml

@@ -20,7 +20,7 @@ from miner_lens.experiments.statistics import Comparison
 from miner_lens.experiments.trials import Condition, trials
 from miner_lens.models.loading import load
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.report import findings, plots
+from miner_lens.reporting import findings, plots
 from miner_lens.scoring.scores import ImportanceScores
 
 RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)

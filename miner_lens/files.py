@@ -151,6 +151,26 @@ def check_format(path: str | os.PathLike[str], found: int) -> None:
         )
 
 
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a file holds that `write` wrote, as `read` is asked for it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}).") from error
+    if not (isinstance(header, dict) and header.keys() >= HEADER):
+        raise ValueError(f"{path} is a safetensors file, but miner-lens did not write it.")
+    return str(header["kind"])
+
+
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):

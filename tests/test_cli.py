@@ -22,7 +22,8 @@ def call(*arguments: Any, code: int = 0) -> str:
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
     names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
-    assert all(name in shown for name in (*names, "convergence", "flow", "patch", "experiment"))
+    more = ("convergence", "flow", "patch", "neuron", "experiment")
+    assert all(name in shown for name in (*names, *more))
 
 
 def test_info() -> None:
@@ -142,6 +143,31 @@ def test_flow(tmp_path: Path) -> None:
     assert len(ml.InformationFlow.load(tmp_path / "flow.safetensors").cuts) == 2
     assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == {0, 1}
     assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neuron(tmp_path: Path) -> None:
+    arguments = ["neuron", "shapes", 3, 17, "--limit", 3, "--k", 2]
+    shown = call(*arguments, "--out", tmp_path / "card.safetensors")
+    assert "Neuron 17 of layer 3, on 3 samples." in shown
+    assert "attribution" in shown
+    assert shown.count("\npromotes '") == 2
+    assert len(ml.NeuronCard.load(tmp_path / "card.safetensors").moments) == 2
+    assert "lies outside" in call("neuron", "shapes", 6, 0, "--limit", 1, code=2)
+
+
+def test_report(tmp_path: Path) -> None:
+    msns = ml.NeuronSet([(0, 1), (1, 2)], layers=2, neurons=4)
+    ml.experiments.overlap({"image": msns}).save(tmp_path / "shared.safetensors")
+    msns.save(tmp_path / "image.safetensors")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    out = tmp_path / "page.html"
+    files = [tmp_path / name for name in ("shared.safetensors", "image.safetensors", "table.csv")]
+    assert "page.html" in call("report", *files, "--out", out)
+    text = out.read_text()
+    assert all(f">{name}</h2>" in text for name in ("shared", "image", "table"))
+    assert "There is no file" in call("report", tmp_path / "none.safetensors", code=2)
+    (tmp_path / "broken.safetensors").write_bytes(b"?")
+    assert "not a complete" in call("report", tmp_path / "broken.safetensors", code=2)
 
 
 def test_patch(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from miner_lens.experiments.ablation_table import (
     read_ablation,
 )
 from miner_lens.experiments.attention_effect import AttentionEffect, attention_effect
+from miner_lens.experiments.card import NeuronCard, card
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.flow import InformationFlow, information_flow
@@ -45,6 +46,7 @@ __all__ = [
     "InformationFlow",
     "LayerDistribution",
     "Necessity",
+    "NeuronCard",
     "Overlap",
     "Patching",
     "Plan",
@@ -62,6 +64,7 @@ __all__ = [
     "activation_patching",
     "answers",
     "attention_effect",
+    "card",
     "counterfactuals",
     "domain_matrix",
     "grid_plan",

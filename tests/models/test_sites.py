@@ -18,7 +18,7 @@ import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import sites
 from miner_lens.models.inside import hf_model_of
-from miner_lens.report import plots
+from miner_lens.reporting import plots
 from tests import towers
 from tests.scoring.test_kernels import twin
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from miner_lens.report import findings
+from miner_lens.reporting import findings
 
 CONTROLS = pd.DataFrame(
     {

@@ -61,6 +61,27 @@ def curves(table: pd.DataFrame, measure: str, by: str = "modality") -> Figure:
     return figure
 
 
+def costs(table: pd.DataFrame, measure: str) -> Figure:
+    """What conditions cost, with intervals, one panel for each label.
+
+    Args:
+        table: What `statistics.costs` returns, without the intact model.
+        measure: `"correct"` or `"logprob"`.
+    """
+    rows = table[table["measure"] == measure]
+    groups = list(rows.groupby("label", sort=False, dropna=False))
+    figure, panels = _figure(len(groups))
+    for panel, (label, own) in zip(panels, groups, strict=True):
+        sides = [own["cost"] - own["low"], own["high"] - own["cost"]]
+        panel.errorbar(own["cost"], own["condition"], xerr=sides, fmt="o", capsize=3)
+        panel.axvline(0, color="black", linewidth=0.8)
+        unit = "nats" if measure == "logprob" else "share of answers"
+        panel.set(xlabel=f"cost ({unit})", title="" if label != label else str(label))
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    return figure
+
+
 def scatter(table: pd.DataFrame) -> Figure:
     """Tokens in two dimensions, coloured by modality.
 
