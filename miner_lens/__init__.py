@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         logit_lens,
         mine,
     )
-    from miner_lens.data import Sample, SampleError, datasets
+    from miner_lens.data import Sample, SampleError, datasets, metrics
     from miner_lens.experiments import (
         Condition,
         DomainMatrix,
@@ -148,6 +148,7 @@ _MODULES = {
     "datasets": "data.datasets",
     "experiments": "experiments",
     "kernels": "scoring.kernels",
+    "metrics": "data.metrics",
     "organisms": "organisms",
     "plots": "report.plots",
 }
@@ -202,6 +203,7 @@ __all__ = [
     "knockout",
     "load",
     "logit_lens",
+    "metrics",
     "mine",
     "organisms",
     "pattern_points",
