@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from miner_lens.experiments import (
         Condition,
         DomainMatrix,
+        Evaluation,
         InformationFlow,
         Patching,
         Trials,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         answers,
         counterfactuals,
         domain_matrix,
+        evaluate,
         information_flow,
     )
     from miner_lens.experiments.trials import trials
@@ -98,6 +100,7 @@ _HOMES = {
     "DomainAnalyzer": "analyzers",
     "DomainCounts": "scoring",
     "DomainMatrix": "experiments",
+    "Evaluation": "experiments",
     "HiddenStates": "scoring",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
@@ -128,6 +131,7 @@ _HOMES = {
     "check_family": "models",
     "counterfactuals": "experiments",
     "domain_matrix": "experiments",
+    "evaluate": "experiments",
     "generate": "models",
     "information_flow": "experiments",
     "inputs": "models",
@@ -163,6 +167,7 @@ __all__ = [
     "DomainAnalyzer",
     "DomainCounts",
     "DomainMatrix",
+    "Evaluation",
     "HiddenStates",
     "ImportanceAnalyzer",
     "ImportanceScores",
@@ -194,6 +199,7 @@ __all__ = [
     "counterfactuals",
     "datasets",
     "domain_matrix",
+    "evaluate",
     "experiments",
     "generate",
     "information_flow",

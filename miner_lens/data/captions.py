@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 SENTENCE_MODEL = "sentence-transformers/paraphrase-MiniLM-L6-v2"
@@ -82,7 +83,8 @@ def tfidf_cosine(answers: Sequence[str], references: Sequence[Sequence[str]]) ->
     """The cosine of tf-idf vectors, averaged over references, from 0 to 1.
 
     What MINER's published code calls CIDEr: of each sample by itself, scikit-learn's vectors are
-    fitted to its references and the answer. (The code also reports the least and the greatest.)
+    fitted to its references and the answer, in words of two letters and more. (The code also
+    reports the least and the greatest.)
 
     Args:
         answers: `[sample]`, what the model said.
@@ -124,11 +126,7 @@ def sentence_similarity(
         ImportError: sentence-transformers is missing.
         OSError: The model is neither in the cache nor to be had.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise _missing("Sentence similarity", "sentence-transformers") from error
-    encoder = model if hasattr(model, "encode") else SentenceTransformer(str(model))
+    encoder = _encoder(str(model)) if isinstance(model, str | Path) else model
     texts = [*answers, *(one for given in references for one in given)]
     vectors = encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
     found, place = [], len(answers)
@@ -136,6 +134,14 @@ def sentence_similarity(
         found.append(float((vectors[place : place + len(given)] @ vector).mean()))
         place += len(given)
     return found
+
+
+def _encoder(model: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise _missing("Sentence similarity", "sentence-transformers") from error
+    return SentenceTransformer(model)
 
 
 def _ngrams(text: str) -> Counter[tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from miner_lens.experiments.attention_effect import AttentionEffect, attention_effect
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
+from miner_lens.experiments.evaluate import Evaluation, evaluate
 from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.flow import InformationFlow, information_flow
 from miner_lens.experiments.layers import LayerDistribution, layer_distribution
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionEffect",
     "Condition",
     "DomainMatrix",
+    "Evaluation",
     "InformationFlow",
     "LayerDistribution",
     "Overlap",
@@ -28,6 +30,7 @@ __all__ = [
     "attention_effect",
     "counterfactuals",
     "domain_matrix",
+    "evaluate",
     "information_flow",
     "layer_distribution",
     "overlap",
