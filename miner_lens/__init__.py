@@ -37,10 +37,11 @@ if TYPE_CHECKING:
         logit_lens,
         mine,
     )
-    from miner_lens.data import Sample, SampleError, datasets
+    from miner_lens.data import Sample, SampleError, datasets, metrics
     from miner_lens.experiments import (
         Condition,
         DomainMatrix,
+        Evaluation,
         InformationFlow,
         NeuronCard,
         Patching,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         answers,
         counterfactuals,
         domain_matrix,
+        evaluate,
         information_flow,
     )
     from miner_lens.experiments.card import card
@@ -101,6 +103,7 @@ _HOMES = {
     "DomainAnalyzer": "analyzers",
     "DomainCounts": "scoring",
     "DomainMatrix": "experiments",
+    "Evaluation": "experiments",
     "HiddenStates": "scoring",
     "ImportanceAnalyzer": "analyzers",
     "ImportanceScores": "scoring",
@@ -134,6 +137,7 @@ _HOMES = {
     "check_family": "models",
     "counterfactuals": "experiments",
     "domain_matrix": "experiments",
+    "evaluate": "experiments",
     "generate": "models",
     "information_flow": "experiments",
     "inputs": "models",
@@ -155,6 +159,7 @@ _MODULES = {
     "datasets": "data.datasets",
     "experiments": "experiments",
     "kernels": "scoring.kernels",
+    "metrics": "data.metrics",
     "organisms": "organisms",
     "plots": "reporting.plots",
 }
@@ -169,6 +174,7 @@ __all__ = [
     "DomainAnalyzer",
     "DomainCounts",
     "DomainMatrix",
+    "Evaluation",
     "HiddenStates",
     "ImportanceAnalyzer",
     "ImportanceScores",
@@ -203,6 +209,7 @@ __all__ = [
     "counterfactuals",
     "datasets",
     "domain_matrix",
+    "evaluate",
     "experiments",
     "generate",
     "information_flow",
@@ -212,6 +219,7 @@ __all__ = [
     "knockout",
     "load",
     "logit_lens",
+    "metrics",
     "mine",
     "organisms",
     "pattern_points",

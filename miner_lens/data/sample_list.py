@@ -10,11 +10,17 @@ from miner_lens.data.sample import Sample
 
 
 class SampleList(list[Sample]):
-    """Samples that know what data set they are, for the scores mined from them; so do slices."""
+    """Samples that know what data set they are, for the scores mined from them; so do slices.
 
-    def __init__(self, samples: Iterable[Sample], name: str) -> None:
+    `metrics` are the names of those by which `ml.evaluate` measures their answers.
+    """
+
+    def __init__(
+        self, samples: Iterable[Sample], name: str, metrics: Iterable[str] = ("exact_match",)
+    ) -> None:
         super().__init__(samples)
         self.name = name
+        self.metrics = tuple(metrics)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Sample: ...
@@ -24,7 +30,7 @@ class SampleList(list[Sample]):
 
     def __getitem__(self, index: SupportsIndex | slice) -> Sample | SampleList:
         if isinstance(index, slice):
-            return SampleList(super().__getitem__(index), self.name)
+            return SampleList(super().__getitem__(index), self.name, self.metrics)
         return super().__getitem__(index)
 
 

@@ -9,6 +9,7 @@ from miner_lens.experiments.ablation_table import (
 from miner_lens.experiments.attention_effect import AttentionEffect, attention_effect
 from miner_lens.experiments.card import NeuronCard, card
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
+from miner_lens.experiments.evaluate import Evaluation, evaluate
 from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.flow import InformationFlow, information_flow
 from miner_lens.experiments.layers import LayerDistribution, layer_distribution
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionEffect",
     "Condition",
     "DomainMatrix",
+    "Evaluation",
     "InformationFlow",
     "LayerDistribution",
     "Necessity",
@@ -67,6 +69,7 @@ __all__ = [
     "card",
     "counterfactuals",
     "domain_matrix",
+    "evaluate",
     "grid_plan",
     "information_flow",
     "layer_distribution",
