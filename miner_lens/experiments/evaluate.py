@@ -13,8 +13,8 @@ from miner_lens.data.metrics import Metrics, by_name, measure, require_answers
 from miner_lens.data.sample import Sample
 from miner_lens.experiments.evaluation import answers
 from miner_lens.experiments.figures import panels
+from miner_lens.experiments.resampling import CONFIDENCE, interval
 from miner_lens.experiments.result import Finding
-from miner_lens.experiments.statistics import CONFIDENCE, mean_intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ class Evaluation(Finding):
                     continue
                 low, high = np.nan, np.nan
                 if len(values) > 1:
-                    low, high = (float(end[0]) for end in mean_intervals(values[None], RESAMPLES))
+                    low, high = (float(end[0]) for end in interval(values[None], RESAMPLES, seed=0))
                 found = {"samples": len(values), "mean": values.mean(), "low": low, "high": high}
                 rows.append({"label": label, "metric": metric, **found})
         return pd.DataFrame(rows)
@@ -66,9 +66,9 @@ class Evaluation(Finding):
     def summary(self) -> str:
         """Each mean with its interval."""
         parts = [
-            f"{'' if row.label is None or row.label != row.label else f'{row.label} '}{row.metric} "
-            f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}] of {row.samples}"
-            for row in self.means.itertuples()
+            f"{row['label']} {row['metric']} ".removeprefix("None ").removeprefix("nan ")
+            + f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}] of {row['samples']}"
+            for row in self.means.to_dict("records")
         ]
         return f"Means with {CONFIDENCE:.0%} intervals over samples: {'; '.join(parts)}."
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from miner_lens.experiments.card import NeuronCard
 from miner_lens.experiments.result import Finding
-from miner_lens.experiments.trials import Trials
+from miner_lens.experiments.table import Trials
 from miner_lens.scoring.scores import ImportanceScores
 
 # Of a normal distribution: a difference is found at a level of 5 %, two-sided, in 80 % of studies,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from miner_lens.experiments.statistics import averaged, costs
 from miner_lens.experiments.table import Trials
-from miner_lens.experiments.trials import Condition, Item, trials
+from miner_lens.experiments.trials import Condition, trials
+from miner_lens.experiments.trials import Item as Item
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.select import combine, default_weights
@@ -127,7 +128,7 @@ class Plan:
             }
             for row in self.rows
         ]
-        blank = {key: "" for key, one in rows[0].items() if isinstance(one, str)}
+        blank: dict[str, Any] = {key: "" for key, one in rows[0].items() if isinstance(one, str)}
         blank |= {key: 0 for key in rows[0] if key not in blank}
         about = pd.DataFrame([{**blank, "condition": INTACT}, *rows])
         merged = found.merge(about, on="condition", how="left")

@@ -219,17 +219,6 @@ def specificity(
     return pd.DataFrame(rows)
 
 
-def mean_intervals(
-    values: Float[np.ndarray, "row sample"], resamples: int = 5000, seed: int = 0
-) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """The ends of a 95 % percentile bootstrap interval of each row's mean over samples.
-
-    Raises:
-        ImportError: scipy is missing.
-    """
-    return _interval(values, resamples, seed)
-
-
 def _compared(
     lost: pd.DataFrame, comparisons: Sequence[Comparison], resamples: int, seed: int
 ) -> pd.DataFrame:

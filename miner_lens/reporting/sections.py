@@ -15,7 +15,7 @@ from miner_lens.experiments.limits import limits
 from miner_lens.experiments.patching import Patching
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.statistics import costs
-from miner_lens.experiments.trials import Trials
+from miner_lens.experiments.table import Trials
 from miner_lens.models.result import Result
 from miner_lens.reporting import plots
 from miner_lens.scoring.selection import Selection
