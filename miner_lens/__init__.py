@@ -49,9 +49,9 @@ if TYPE_CHECKING:
         answers,
         counterfactuals,
         domain_matrix,
-        evaluate,
         information_flow,
     )
+    from miner_lens.experiments.evaluate import evaluate
     from miner_lens.experiments.trials import trials
     from miner_lens.models import (
         ModalityLayout,

@@ -363,8 +363,8 @@ class _Asker:
     row: Callable[[Row], Row] = dict
     shots: Mapping[str, list[Row]] = field(default_factory=dict)
 
-    def __call__(self, given: Row) -> Sample:
-        row = self.row(given)
+    def __call__(self, given: Mapping[str, Any]) -> Sample:
+        row = self.row(dict(given))
         if self.shots:
             row["shots"] = self.shots[row["subject"]]
         content: list[dict[str, Any]] = [{"type": "text", "text": self.spec.prompt(row)}]

@@ -66,7 +66,7 @@ class Evaluation(Finding):
     def summary(self) -> str:
         """Each mean with its interval."""
         parts = [
-            f"{'' if row.label is None or row.label != row.label else f'{row.label} '}{row.metric} "
+            f"{f'{row.label} ' if isinstance(row.label, str) else ''}{row.metric} "
             f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}] of {row.samples}"
             for row in self.means.itertuples()
         ]
