@@ -80,9 +80,14 @@ def mine(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where to save the scores.")],
     data: Annotated[str, typer.Option(help="Data set.")] = "easy-vqa",
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data set; default the one papers report.")
+    ] = None,
     ask: Annotated[
         str | None, typer.Option(help="What is asked about: image, audio, text, both.")
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Option(help="Folder of the data set; default: from the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many samples at most.")] = None,
     batch_size: Annotated[str, typer.Option(help="Samples in one forward pass, or auto.")] = "1",
@@ -103,7 +108,7 @@ def mine(
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a folder; name a file for the scores.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        samples = ml.datasets.load(data, split=split, limit=limit, ask=ask)
+        samples = ml.datasets.load(data, split, limit, ask, path)
         scores = ml.mine(
             _load(model),
             samples,

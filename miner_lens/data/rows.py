@@ -21,6 +21,7 @@ def from_rows(
     answers: Column | None = None,
     id: Column | None = None,
     label: Column | None = None,
+    metrics: Iterable[str] = ("exact_match",),
 ) -> Rows | RowStream:
     """Take a table as a data set, whatever its columns are called.
 
@@ -35,6 +36,7 @@ def from_rows(
         answers: The column, or a function, of the accepted answers: a string or a list of them.
         id: The column, or a function, of what error messages and tables call the sample.
         label: The column, or a function, of the sample's group.
+        metrics: The names of those by which `ml.evaluate` measures answers.
 
     Returns:
         A sequence of samples if the rows are one, and otherwise an iterable.
@@ -59,8 +61,8 @@ def from_rows(
         rows = rows.to_dict("records")
     by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if by_number and not isinstance(rows, Mapping | IterableDataset):
-        return Rows(rows, make)
-    return RowStream(rows, make)
+        return Rows(rows, make, metrics)
+    return RowStream(rows, make, metrics)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,15 @@ class _Maker:
 class Rows(Sequence[Sample]):
     """The samples of a table that is read by number."""
 
-    def __init__(self, rows: Any, make: Callable[[Row], Sample]) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        make: Callable[[Row], Sample],
+        metrics: Iterable[str] = ("exact_match",),
+        name: str | None = None,
+    ) -> None:
         self._rows, self._make = rows, make
+        self.metrics, self.name = tuple(metrics), name
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -106,15 +115,23 @@ class Rows(Sequence[Sample]):
 
     def __getitem__(self, index: int | slice) -> Sample | Rows:
         if isinstance(index, slice):
-            return Rows(Subset(self._rows, range(*index.indices(len(self)))), self._make)
+            part = Subset(self._rows, range(*index.indices(len(self))))
+            return Rows(part, self._make, self.metrics, self.name)
         return self._make(self._rows[range(len(self))[index]])
 
 
 class RowStream(Iterable[Sample]):
     """The samples of a table that is read row by row."""
 
-    def __init__(self, rows: Iterable[Row], make: Callable[[Row], Sample]) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        make: Callable[[Row], Sample],
+        metrics: Iterable[str] = ("exact_match",),
+        name: str | None = None,
+    ) -> None:
         self._rows, self._make = rows, make
+        self.metrics, self.name = tuple(metrics), name
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self._make, self._rows)

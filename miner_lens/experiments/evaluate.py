@@ -66,9 +66,9 @@ class Evaluation(Finding):
     def summary(self) -> str:
         """Each mean with its interval."""
         parts = [
-            f"{row['label']} {row['metric']} ".removeprefix("None ").removeprefix("nan ")
-            + f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}] of {row['samples']}"
-            for row in self.means.to_dict("records")
+            f"{f'{row.label} ' if isinstance(row.label, str) else ''}{row.metric} "
+            f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}] of {row.samples}"
+            for row in self.means.itertuples()
         ]
         return f"Means with {CONFIDENCE:.0%} intervals over samples: {'; '.join(parts)}."
 
