@@ -501,14 +501,14 @@ def _result(path: Path) -> Any:
     """What a file holds, whichever kind of result it is."""
     import pandas as pd
 
-    import miner_lens as ml
-    from miner_lens import files
+    import miner_lens
+    from miner_lens import experiments, files
 
     if ".csv" in path.suffixes:
         return pd.read_csv(path)
     kind = files.kind_of(path)
-    home = ml if kind in ml.__all__ else ml.experiments
-    if not hasattr(home, kind):
+    home = next((one for one in (miner_lens, experiments) if hasattr(one, kind)), None)
+    if home is None:
         raise ValueError(f"{path} holds {kind}, which this miner-lens does not know.")
     return getattr(home, kind).load(path)
 
