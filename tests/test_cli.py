@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import miner_lens as ml
 from miner_lens import demo
-from miner_lens.cli import EXPERIMENTS, app
+from miner_lens.cli import app
+from miner_lens.cli.experiments import EXPERIMENTS
 
 
 def call(*arguments: Any, code: int = 0) -> str:

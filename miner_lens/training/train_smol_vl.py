@@ -36,9 +36,10 @@ from miner_lens.training.smol_vl_tower import (
 )
 from miner_lens.training.train_shapes import Pictures, Questions, grids
 
-# Stages, their steps and highest learning rates. Handwriting is hardest to read: it has a stage.
-TOWER_STEPS, STEPS, READING_STEPS = 1600, 900, 350
-PEAK, READING_PEAK = 3e-3, 2e-3
+# Stages, their steps and highest learning rates. Handwriting is hardest to read, and to compare:
+# these have stages.
+TOWER_STEPS, STEPS, READING_STEPS, COMPARING_STEPS = 1600, 900, 350, 300
+PEAK, READING_PEAK = 3e-3, 2e-3  # of all later stages, too
 QUESTIONS = 4  # about each scene
 KEPT = 1  # rows of plain text or instructions in every second step
 KEEPING = 2.0  # weight of the language that is to be kept
@@ -47,7 +48,8 @@ KEEPING = 2.0  # weight of the language that is to be kept
 # together with it not at all.
 RAMP = (200, 450)
 # Kinds of questions about a digit, and how often each is asked: comparing is hardest to learn.
-KINDS = {"value": 1, "parity": 2, "comparison": 3}
+KINDS = ("value", "parity", "comparison")
+OFTEN, OFTEN_COMPARED = (1, 2, 3), (1, 1, 4)
 # The scenes of a step: how each is told, and of which data set.
 Scenes = tuple[tuple[str, str], ...]
 SCENES: Scenes = (
@@ -62,18 +64,22 @@ READING: Scenes = (
     ("text", "easy-vqa"),
     ("text", "digits"),
 )
+COMPARING: Scenes = (("image", "easy-vqa"), *[("image", "digits")] * 6, ("text", "digits"))
 IMAGE = VISION.format("<|image_pad|>" * TOKENS)
 
 
-def ask_digit(digit: int, turned: float, rng: random.Random) -> tuple[str, str]:
+def ask_digit(
+    digit: int, turned: float, rng: random.Random, often: Sequence[int] = OFTEN
+) -> tuple[str, str]:
     """A question about a digit and its answer; yes and no are as likely.
 
     Args:
         digit: The digit.
         turned: How often to ask for odd instead of even, and for less instead of greater.
         rng: Draws the question.
+        often: How often each of KINDS is asked.
     """
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    kind = rng.choices(KINDS, often)[0]
     if kind == "value":
         return rng.choice(digits.VALUE), digits.NUMBERS[digit]
     other, truth = rng.random() < turned, rng.random() < 0.5
@@ -83,7 +89,7 @@ def ask_digit(digit: int, turned: float, rng: random.Random) -> tuple[str, str]:
     bounds = range(1, 10) if other else range(9)
     fitting = [b for b in bounds if (digit < b if other else digit > b) == truth]
     if not fitting:  # nothing is less than zero
-        return ask_digit(digit, turned, rng)
+        return ask_digit(digit, turned, rng, often)
     what, bound = "less" if other else "greater", digits.NUMBERS[rng.choice(fitting)]
     text = rng.choice(digits.COMPARISON).format(what=what, bound=bound)
     return text, "yes" if truth else "no"
@@ -103,7 +109,9 @@ class Lessons:
         rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grids(1))
         self.rope = rope[:, 0]
 
-    def draw(self, scenes: Scenes, step: Step, turned: float) -> tuple[Any, Tensor]:
+    def draw(
+        self, scenes: Scenes, step: Step, turned: float, often: Sequence[int]
+    ) -> tuple[Any, Tensor]:
         """The packed questions of a step, a share of them turned, and their embeddings."""
         rng, colours = step.rng, tuple(COLOURS)
         n_shapes, n_digits = (scenes.count(("image", data)) for data in ("easy-vqa", "digits"))
@@ -123,7 +131,7 @@ class Lessons:
             else:
                 digit = digit_rows.pop(0) if told == "image" else rng.randrange(10)
                 told_as = digits.describe(digit, rng.randrange(len(digits.DESCRIPTIONS)))
-                asked = [ask_digit(digit, turned, rng) for _ in range(QUESTIONS)]
+                asked = [ask_digit(digit, turned, rng, often) for _ in range(QUESTIONS)]
             rows.append(self._row(told, told_as, asked))
         packed = pack(rows, self.tokenizer.pad_token_id, axes=3)
         embeds = self.model.get_input_embeddings()(packed.ids)
@@ -153,8 +161,10 @@ def train_decoder(
     merger = model.model.visual.merger.requires_grad_(True)
     parameters |= {f"merger.{name}": p for name, p in merger.named_parameters()}
 
-    def lesson(scenes: Scenes, step: Step, turned: float) -> tuple[Tensor, dict[str, float]]:
-        loss, right = answer_loss(model, *lessons.draw(scenes, step, turned))
+    def lesson(
+        scenes: Scenes, step: Step, turned: float, often: Sequence[int] = OFTEN
+    ) -> tuple[Tensor, dict[str, float]]:
+        loss, right = answer_loss(model, *lessons.draw(scenes, step, turned, often))
         figures = {"answers": loss.item(), "tokens right": right.float().mean().item()}
         if step.number % 2 == 0:
             kept = language_loss(model, texts.draw(KEPT, step.rng))
@@ -170,8 +180,12 @@ def train_decoder(
     def reading(step: Step) -> tuple[Tensor, dict[str, float]]:
         return lesson(READING, step, 0.5)
 
+    def comparing(step: Step) -> tuple[Tensor, dict[str, float]]:
+        return lesson(COMPARING, step, 0.5, OFTEN_COMPARED)
+
     learn("decoder", folder, parameters, answering, STEPS, PEAK, seed)
     learn("reading", folder, parameters, reading, READING_STEPS, READING_PEAK, seed)
+    learn("comparing", folder, parameters, comparing, COMPARING_STEPS, READING_PEAK, seed)
     model.requires_grad_(False)
 
 
@@ -204,6 +218,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         "peak": PEAK,
         "reading_steps": READING_STEPS,
         "reading_peak": READING_PEAK,
+        "comparing_steps": COMPARING_STEPS,
         "seed": seed,
     }
     parts = (

@@ -1,0 +1,9 @@
+"""The `miner-lens` command: each subcommand is a thin layer over the API.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from miner_lens.cli import basics, experiments, inside
+from miner_lens.cli.common import app
+
+__all__ = ["app", "basics", "experiments", "inside"]

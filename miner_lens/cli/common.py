@@ -1,0 +1,53 @@
+"""What the subcommands share: the app, models and data sets by name, errors without tracebacks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Find modality-specific neurons in multimodal language models and switch them off.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or organism name.")]
+
+
+def data_set(name: str, limit: int | None) -> Any:
+    """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
+    import miner_lens as ml
+
+    name, _, ask = name.partition(":")
+    return ml.datasets.load(name, limit=limit, ask=ask or None)
+
+
+def load(model: str) -> Any:
+    """A model by its name or folder."""
+    import miner_lens as ml
+
+    without_progress_bars()
+    with clear_errors():
+        return ml.load(model)
+
+
+def without_progress_bars() -> None:
+    """Let transformers load silently."""
+    from transformers.utils import logging
+
+    disable: Any = logging.disable_progress_bar
+    disable()
+
+
+class clear_errors:  # noqa: N801 (reads as a statement)
+    """Print what was wrong instead of a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, ValueError | OSError | ImportError):
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error

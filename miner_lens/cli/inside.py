@@ -1,0 +1,204 @@
+"""What is inside a model: what neurons do for the answer, and where it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from miner_lens.cli.common import Model, app, clear_errors, data_set, load
+
+PANEL = "Inside the model"
+
+
+@app.command(rich_help_panel=PANEL)
+def attribute(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Where to save the scores, for `select`.")],
+    by: Annotated[
+        str, typer.Option(help="gradient (first order), integrated, or contribution.")
+    ] = "gradient",
+    steps: Annotated[int, typer.Option(help="Points of integrated gradients at most.")] = 64,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Score every neuron by what it does for the answer, and save the scores."""
+    import miner_lens as ml
+
+    with clear_errors():
+        if by not in ("gradient", "integrated", "contribution"):
+            raise ValueError(f"--by is gradient, integrated or contribution, not {by!r}.")
+        samples, bridge = data_set(data, limit), load(model)
+        if by == "gradient":
+            scores = ml.attribute(bridge, samples, batch_size=batch_size)
+        elif by == "integrated":
+            scores = ml.integrated_gradients(bridge, samples, steps, batch_size=batch_size)
+        else:
+            scores = ml.run(bridge, samples, ml.ContributionAnalyzer(data), batch_size=batch_size)
+        scores.save(out)
+        typer.echo(repr(scores))
+        for modality, reached in scores.info.get("completeness", {}).items():
+            typer.echo(
+                f"{modality}: {reached['sum']:.4f} of {reached['difference']:.4f} nats "
+                f"(gap {reached['gap']:.2%})"
+            )
+
+
+@app.command(rich_help_panel=PANEL)
+def kinds(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shares and the neurons.")],
+    medium: Annotated[str, typer.Option(help="image, video or audio.")] = "image",
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Sort neurons into those of a medium, of text and of both (Xu et al. 2025)."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples, analyzer = data_set(data, limit), ml.KindAnalyzer(medium)
+        found = ml.run(load(model), samples, analyzer, batch_size=batch_size)
+        found.save(out / "kinds.safetensors")
+        for kind, neurons in found.select().items():
+            neurons.save(out / f"neurons-{kind}.safetensors")
+        typer.echo(repr(found))
+
+
+@app.command(rich_help_panel=PANEL)
+def convergence(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for states, curves and figures.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 100,
+    shuffles: Annotated[int, typer.Option(help="Of the null.")] = 20,
+    layer: Annotated[int | None, typer.Option(help="Of which to draw a t-SNE figure.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Measure whether modalities converge: CKA, distance, separability, dimension, by layer."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples, analyzer = data_set(data, limit), ml.ConvergenceAnalyzer(samples=limit)
+        states = ml.run(load(model), samples, analyzer, batch_size=batch_size)
+        states.save(out / "states.safetensors")
+        curves = states.curves(shuffles=shuffles)
+        curves.to_csv(out / "curves.csv", index=False)
+        curves["pair"] = (curves["modality"] + " " + curves["other"]).str.strip()
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure, by="pair").savefig(out / f"{measure}.png")
+        if layer is not None:
+            ml.plots.scatter(states.embed(layer)).savefig(out / f"layer-{layer}.png")
+        typer.echo(repr(states))
+        wide = curves.pivot_table("mean", ["measure", "pair"], "layer", sort=False)
+        typer.echo(wide.round(3).to_string())
+
+
+@app.command(rich_help_panel=PANEL)
+def flow(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trials, curves and figures.")],
+    modality: Annotated[list[str], typer.Option(help="Whose tokens are cut off.")] = ["image"],  # noqa: B006
+    window: Annotated[int, typer.Option(help="So many layers are cut together.")] = 3,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+) -> None:
+    """Cut attention from the last token to a modality, by windows of layers."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples = data_set(data, limit)
+        found = ml.information_flow(load(model), samples, modality, window, batch_size)
+        found.save(out / "flow.safetensors")
+        curves = found.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(found))
+
+
+@app.command(rich_help_panel=PANEL)
+def patch(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for what patching restores.")],
+    neurons: Annotated[
+        list[Path] | None, typer.Option(help="Neuron files, to patch these and not layers.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="So many samples, to find pairs among.")] = 300,
+    pairs: Annotated[int, typer.Option(help="So many pairs at most.")] = 20,
+) -> None:
+    """Put activations of a prompt into its counterfactual, and see what that restores."""
+    import miner_lens as ml
+
+    with clear_errors():
+        found = ml.counterfactuals(data_set(data, limit), pairs)
+        sets = {path.stem: ml.NeuronSet.load(path) for path in neurons or ()}
+        patching = ml.activation_patching(load(model), found, sets)
+        patching.save(out / "patching.safetensors")
+        curves = patching.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        if not sets:
+            figure = ml.plots.curves(curves, "share of the logit difference")
+            figure.savefig(out / "restored.png")
+        typer.echo(repr(patching))
+
+
+@app.command(rich_help_panel=PANEL)
+def lens(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for what it shows.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Look through the logit lens: entropy, answer and agreement by layer and modality."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples = data_set(data, limit)
+        seen = ml.run(load(model), samples, ml.LogitLensAnalyzer(), batch_size=batch_size)
+        seen.save(out / "lens.safetensors")
+        curves = seen.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(seen))
+        for modality, found in seen.stages().items():
+            ends = [f"{layer} [{low}, {high}]" for layer, low, high in zip(*found, strict=True)]
+            typer.echo(f"{modality}: entropy changes course at {', '.join(ends) or 'no layer'}")
+
+
+@app.command(rich_help_panel=PANEL)
+def neuron(
+    model: Model,
+    layer: Annotated[int, typer.Argument(help="The neuron's layer, from 0.")],
+    index: Annotated[int, typer.Argument(help="Its place in the layer, from 0.")],
+    data: Annotated[str, typer.Option(help="A data set, such as easy-vqa:both.")] = "easy-vqa",
+    out: Annotated[Path | None, typer.Option(help="Where to save the card, for `report`.")] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Scores that are there already, to be shown.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
+    k: Annotated[int, typer.Option(help="So many samples, tokens and neighbours.")] = 6,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Show what is known of one neuron: scores, top samples, vocabulary, neighbours, its cost."""
+    import miner_lens as ml
+
+    with clear_errors():
+        known = [ml.ImportanceScores.load(path) for path in scores or ()]
+        samples = data_set(data, limit)
+        card = ml.card(load(model), samples, layer, index, known, k=k, batch_size=batch_size)
+        if out is not None:
+            card.save(out)
+        typer.echo(card.summary)
+        typer.echo(card.frame.to_string(index=False))
+        for place, (word, value) in enumerate(card.promotes):
+            other, less = card.suppresses[place]
+            typer.echo(f"promotes {word!r} {value:+.2f}   suppresses {other!r} {less:+.2f}")
+        for one in card.moments:
+            typer.echo(f"{one.sample}: {one.value:.3f} at {one.tokens[one.peak]!r} ({one.peak})")
