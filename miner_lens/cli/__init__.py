@@ -1,4 +1,4 @@
-"""The `miner-lens` command: each subcommand is a thin layer over the API.
+"""What can be done without writing Python? The `miner-lens` command, a thin layer over the API.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
