@@ -135,9 +135,9 @@ def specific(lab: Lab) -> str:
             {
                 "selection": called,
                 "off": off,
-                **{f"asked about the {ask}": f"{matrix.loc[off, ask]:z.3f}" for ask in matrix},
+                **{f"asked about the {ask}": f"{lost:z.3f}" for ask, lost in line.items()},
             }
-            for off in matrix.index
+            for off, line in matrix.iterrows()
         ]
     tables = [pd.DataFrame(part).to_markdown(index=False) for part in (rows, lines)]
     return (
@@ -155,10 +155,9 @@ def grid(lab: Lab) -> str:
 def values(lab: Lab) -> str:
     """What is written in place of the activation."""
     found = ml.experiments.ablation_values(
-        lab.model, lab.tried, lab.scores, RATIO, batch_size=BATCH
+        lab.model, lab.tried, lab.scores, ratio=RATIO, batch_size=BATCH
     )
-    keys = [name for name in ("off", "written", "value_written") if name in found.frame]
-    return f"{found.summary}\n\n{costs(found.frame, [*keys, 'neurons'])}"
+    return f"{found.summary}\n\n{costs(found.frame, ['written', 'off', 'neurons'])}"
 
 
 def needed(lab: Lab) -> str:
@@ -173,10 +172,11 @@ def needed(lab: Lab) -> str:
 def selected(lab: Lab) -> str:
     """Overlap, layers, and whether other samples give the same neurons."""
     msns = lab.scores.select(RATIO)
+    asked = zip(*lab.mined.values(), strict=True)
+    both = [sample for question in asked for sample in question]
     parts = [
-        ml.mine(lab.model, some[n : n + 10], batch_size=10, progress=False)
-        for some in lab.mined.values()
-        for n in range(0, len(some), 10)
+        ml.mine(lab.model, both[n : n + 10], batch_size=10, progress=False)
+        for n in range(0, len(both), 10)
     ]
     found = [
         ml.experiments.overlap(msns),
@@ -287,7 +287,7 @@ def costs(frame: pd.DataFrame, about: Sequence[str]) -> str:
     )
     rows = shown[frame["neurons"] > 0]
     wide = rows.pivot_table("cost", about, ["label", "measure"], "first", sort=False)
-    wide.columns = [f"{measure}, asked about the {label}" for label, measure in wide.columns]
+    wide.columns = [f"{measure}, asked about the {label}" for label, measure in [*wide.columns]]
     return f"Intact, {said}. What is lost:\n\n{wide.reset_index().to_markdown(index=False)}"
 
 

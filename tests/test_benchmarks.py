@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import miner_lens as ml
 from benchmarks import __main__ as command
-from benchmarks import comparisons, measure, models, preparing, scaling
+from benchmarks import comparisons, measure, models, organisms, preparing, scaling
 from benchmarks.breakdown import breakdown
 from benchmarks.catalogue import catalogue
 from benchmarks.published import naive, published
@@ -234,3 +235,23 @@ def test_the_breakdown_names_the_parts_of_mining() -> None:
     parts = {part for part, _ in times}
     assert {"model", "statistics", "normalise"} <= parts
     assert all(taken >= 0 for taken in times.values())
+
+
+def test_the_page_on_an_organism_continues_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*parts: str) -> str:
+        folders = [f"--{name}={tmp_path / name}" for name in ("out", "images", "work")]
+        sizes = ["--mined", "20", "--tried", "2"]
+        monkeypatch.setattr(
+            "sys.argv", ["organisms", "shapes", *folders, *sizes, "--parts", *parts]
+        )
+        organisms.main()
+        return (tmp_path / "out" / "shapes.md").read_text()
+
+    assert re.search(r"## Shared, where, and stable\?\n\n.*Jaccard", run("selected"), re.DOTALL)
+    kept = tmp_path / "work" / "shapes" / "selected.md"
+    kept.write_text("kept")
+    page = run("selected", "lens")
+    assert "kept" in page
+    assert "image tokens: entropy changes course at layer" in page
