@@ -98,7 +98,9 @@ def controls(lab: Lab) -> str:
 
 def ratios(lab: Lab) -> str:
     """What is lost by how many neurons."""
-    found = ml.experiments.ratio_sweep(lab.model, lab.tried, lab.scores, batch_size=BATCH)
+    found = ml.experiments.ratio_sweep(
+        lab.model, lab.tried, lab.scores, seeds=[0], batch_size=BATCH
+    )
     shown = found.frame[found.frame["off"].isin(["all", "random"])]
     drawn = lab.picture(found, "ratios")
     return f"{found.summary}\n\n{drawn}\n\n{costs(shown, ['ratio', 'off', 'neurons'])}"
@@ -155,7 +157,7 @@ def grid(lab: Lab) -> str:
 def values(lab: Lab) -> str:
     """What is written in place of the activation."""
     found = ml.experiments.ablation_values(
-        lab.model, lab.tried, lab.scores, ratio=RATIO, batch_size=BATCH
+        lab.model, lab.tried, lab.scores, ratio=RATIO, seeds=[0], batch_size=BATCH
     )
     return f"{found.summary}\n\n{costs(found.frame, ['written', 'off', 'neurons'])}"
 
@@ -164,7 +166,7 @@ def needed(lab: Lab) -> str:
     """Deletion and insertion curves."""
     few = {ask: some[:32] for ask, some in lab.tried.items()}
     found = ml.experiments.necessity(
-        lab.model, few, lab.scores, lab.subject.inputs, batch_size=BATCH
+        lab.model, few, lab.scores, lab.subject.inputs, seeds=[0], batch_size=BATCH
     )
     return f"{found.summary}\n\n{lab.picture(found, 'necessity')}"
 
