@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from benchmarks import preparing, scaling, startup
+from benchmarks import preparing, scaling, startup, tables
 from benchmarks.comparisons import Comparison, Row, Setting
 from benchmarks.measure import fast_bfloat16
 from benchmarks.models import AUDIO_7B, VL_2B, Shape
@@ -43,6 +43,7 @@ def catalogue(device: str) -> list[Group]:
     return [
         *(group for dtype in ("fp32", "bf16") for group in _comparisons(dtype, device)),
         *preparing.catalogue(),
+        *tables.catalogue(),
         *startup.catalogue(),
         *scaling.catalogue(),
     ]

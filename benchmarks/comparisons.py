@@ -151,9 +151,8 @@ def workloads(setting: Setting, names: Iterable[str], device: str) -> dict[str, 
     return {name: made[name] for name in names}
 
 
-def measure_peaks(request: str, device: str) -> str:
-    """Peak memory of each workload that a JSON request names; for a process of its own."""
-    asked = json.loads(request)
+def measure_peaks(asked: dict[str, Any], device: str) -> str:
+    """Peak memory of each workload that a request names; for a process of its own."""
     shape = models.Shape(**asked["setting"].pop("shape"))
     setting = Setting(shape=shape, **asked["setting"])
     _load_code(setting, asked["names"], device)

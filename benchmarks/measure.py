@@ -104,6 +104,12 @@ def peak_memory(workload: Workload, device: str) -> float:
     On a CPU this is resident memory, whose largest value the kernel keeps (Linux only); call it
     in a process that was started with `NO_CACHING`.
     """
+    before, largest = memory(workload, device)
+    return largest - before
+
+
+def memory(workload: Workload, device: str) -> tuple[float, float]:
+    """What was in use before a call, and the most that was while it ran; as `peak_memory`."""
     gc.collect()  # what is collected later would make up for what the call uses
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -111,12 +117,12 @@ def peak_memory(workload: Workload, device: str) -> float:
         held = torch.cuda.memory_allocated()
         workload()
         _synchronise(device)
-        return (torch.cuda.max_memory_allocated() - held) / 1e6
+        return held / 1e6, torch.cuda.max_memory_allocated() / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the largest value becomes the present one
     before = _status("VmHWM")
     workload()
-    return (_status("VmHWM") - before) / 1e6
+    return before / 1e6, _status("VmHWM") / 1e6
 
 
 def environment(device: str) -> dict[str, Any]:

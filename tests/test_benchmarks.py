@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 import miner_lens as ml
 from benchmarks import __main__ as command
-from benchmarks import comparisons, measure, models, organisms, preparing, scaling
+from benchmarks import comparisons, measure, models, organisms, preparing, scaling, tables
 from benchmarks.breakdown import breakdown
 from benchmarks.catalogue import catalogue
 from benchmarks.published import naive, published
@@ -153,6 +154,52 @@ def test_a_comparison_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done[4].to_dict()["met"] is None
 
 
+def test_a_table_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way gives the same table, and the rows say how they compare."""
+    size = tables.Size("shapes", conditions=8, samples=4)
+    made = tables.workloads(size, "cpu")
+    found = {name: np.asarray(workload(), dtype=float) for name, workload in made.items()}
+    assert found["trials"].shape == (8, 4)
+    for name in ("answers", tables.PUBLISHED):
+        np.testing.assert_array_equal(found[name], found["trials"])
+    assert found["trials"][0].all()
+    assert not found["trials"].all()
+    monkeypatch.setattr(tables, "workloads", lambda *_: made)
+    peaks = {"trials": 110.0, "answers": 130.0, tables.PUBLISHED: 100.0}
+    monkeypatch.setattr(tables, "peak_of", lambda size, name, device: peaks[name])
+    group = tables.Table(size)
+    ticks: list[None] = []
+    done = list(group.measure(group.names(), 1, "cpu", lambda: ticks.append(None)))
+    assert len(ticks) == group.steps(group.names(), 1)
+    assert [result.name for result in done] == group.names()
+    assert [result.to_dict()["extra_met"] for result in done] == [True, False]
+    for result in done:
+        assert result.value is not None
+        ours, theirs = (result.seconds[one] for one in (tables.ROWS[result.name], "published"))
+        assert result.value.median == pytest.approx(theirs / ours)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_memory_of_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(arguments: list[str], env: dict[str, str], **options: Any) -> SimpleNamespace:
+        """What the other process does, without waiting for it to import torch."""
+        monkeypatch.setattr("sys.argv", arguments[2:])
+        command.main()
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    def workloads(size: tables.Size, device: str) -> dict[str, Any]:
+        assert size == tables.Size("shapes", 2, 64)
+        return {"trials": lambda: torch.ones(10**8 // 4)}
+
+    monkeypatch.setattr("subprocess.run", here)
+    monkeypatch.setattr(tables, "workloads", workloads)
+    before, _ = measure.memory(lambda: None, "cpu")
+    peak = tables.peak_of(tables.Size("shapes", 20, 64), "trials", "cpu")
+    assert peak == pytest.approx(before + 100, abs=30)
+
+
 def test_scaling_end_to_end() -> None:
     group = scaling.Scaling("layers", (1, 2), {"samples": 1, "layers": 1, "T": 60, "neurons": 32})
     done = list(group.measure(group.names(), 1, "cpu", lambda: None))
@@ -200,7 +247,8 @@ def test_the_catalogue_has_the_rows_that_were_promised(
         for where in ("batch1", "batch4", "batch16", "audio"):
             assert f"mine-plain-{where}-{dtype}" in names
         assert f"memory-8192-{dtype}" in names
-    assert not any(group.slow for group in groups)
+    assert {"published-trials", "published-answers"} <= set(names)
+    assert not any(group.slow for group in groups if not isinstance(group, tables.Table))
 
 
 def test_without_bfloat16_instructions_the_longest_rows_wait_to_be_asked_for(

@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from miner_lens.data.labelled import labelled
@@ -20,13 +21,15 @@ from miner_lens.experiments.scored import SampleTrials, Scored
 from miner_lens.experiments.table import Trials
 from miner_lens.models.access import identity
 from miner_lens.models.bridge import prepared_bridge
-from miner_lens.models.collate import collate, fit, kinds
+from miner_lens.models.collate import Inputs, collate, fit, kinds
+from miner_lens.models.features import Features
 from miner_lens.models.forcing import Forced, force, logprob, tokenizer_of
 from miner_lens.models.forward import evaluating, last_logits
-from miner_lens.models.generation import generate_from, input_device, to_device
+from miner_lens.models.generation import generate_from, input_device, is_greedy, to_device
 from miner_lens.models.inside import hf_model_of
-from miner_lens.neurons.ablation import Neurons, Value, ablate
+from miner_lens.neurons.ablation import Neurons, Value, ablate, check_neurons
 from miner_lens.neurons.active import active
+from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.running.batches import Sampler
 from miner_lens.running.distributed import joined
 from miner_lens.running.shards import Items
@@ -105,11 +108,13 @@ def trials(
     decoding would give exactly these tokens and then end the turn: each is the most probable after
     the prompt and those before it. Of several accepted answers the first is asked for. With a
     metric, the model answers as well, which takes longer; `correct` is then what the metric says of
-    that answer, and the table has it as `answer`.
+    that answer, and the table has it as `answer`. Nothing is generated where greedy decoding is
+    known to give the answer that was read.
 
     Samples are prepared once for all conditions, and those of like length go into a pass together.
-    With `value="min"` the minimum is over prompt and answer, where generation takes one for the
-    prompt and one for each token. Under torchrun, accelerate or srun each process takes a share of
+    Towers run once for all conditions that switch off neurons of the decoder alone. With
+    `value="min"` the minimum is over prompt and answer, where generation takes one for the prompt
+    and one for each token. Under torchrun, accelerate or srun each process takes a share of
     the samples, and all get the table; see docs/scaling.md.
 
     Args:
@@ -142,10 +147,10 @@ def trials(
         table.groupby("condition")["logprob"].mean()
     """
     model = prepared_bridge(model)
-    conditions, done_to = _checked(model, conditions)
+    checked = _checked(model, conditions)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
-    asking = _Asking(model, conditions, batch_size, _ends(model), metric, max_new_tokens)
+    asking = _Asking(model, checked, batch_size, _ends(model), metric, max_new_tokens)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, None)
     keeping = Keeping(checkpoint, checkpoint_every)
     with evaluating(model), torch.no_grad(), joined(keeping.advice) as ranks:
@@ -153,7 +158,7 @@ def trials(
         if ranks.world_size > 1 or checkpoint is not None:
             settings = state_of(model) | {
                 "analyzers": [["trials", TABLE]],
-                "conditions": done_to,
+                "conditions": [[one.condition.name, one.done] for one in checked],
                 "batch_size": batch_size,
                 "metric": described(metric),
                 "max_new_tokens": max_new_tokens if metric else None,
@@ -173,8 +178,31 @@ def trials(
     if not seen:
         raise ValueError("There is no data: the iterable of samples is empty.")
     asking.require_own_ids()  # of all processes now
-    names = [condition.name for condition in conditions]
+    names = [one.condition.name for one in checked]
     return asking.scored.table(names, metric is None, identity(model))
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A condition that fits the model.
+
+    Attributes:
+        condition: Itself, its neurons without an identity, which need not be compared again.
+        done: The ablations that it comes to, as JSON can hold them.
+    """
+
+    condition: Condition
+    done: list[Any]
+
+    @property
+    def spares_towers(self) -> bool:
+        """Whether the model is intact before its decoder."""
+        return all(one["site"] == "llm" for one in self.done)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a pass over prompt and answer writes what generating would not."""
+        return self.condition.value == "min"
 
 
 @dataclass(frozen=True)
@@ -190,13 +218,37 @@ class _Asked:
         return self.sample.id or f"sample {self.number}"
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What a pass over a prompt and its answer says.
+
+    Attributes:
+        greedy: The most probable tokens, as many as the answer has, and one for its end.
+        right: Whether these are the answer and an end.
+        logprob: The answer's log-probability, in nats.
+    """
+
+    greedy: tuple[int, ...]
+    right: bool
+    logprob: float
+
+    @classmethod
+    def of(
+        cls, logits: Float[Tensor, "pos token"], answer: tuple[int, ...], ends: Sequence[int]
+    ) -> _Read:
+        """What the logits before each of the answer's tokens, and after the last, say."""
+        greedy = tuple(logits.argmax(-1).tolist())
+        right = greedy[:-1] == tuple(answer) and greedy[-1] in ends
+        return cls(greedy, right, float(logprob(logits[:-1], answer)))
+
+
 class _Asking:
     """What is done with a unit of the data: each of its samples under each condition."""
 
     def __init__(
         self,
         model: Any,
-        conditions: Sequence[Condition],
+        conditions: Sequence[_Checked],
         batch_size: int,
         ends: Sequence[int],
         metric: Metric | None,
@@ -206,6 +258,8 @@ class _Asking:
         self._model, self._conditions, self._ends = model, conditions, ends
         self._batch_size, self._metric = batch_size, metric
         self._max_new_tokens = max_new_tokens
+        self._pad = tokenizer_of(model).pad_token_id or 0
+        self._greedy = is_greedy(model)
 
     def prepare(self, unit: dict[int, Any]) -> list[_Asked]:
         """A unit's samples with their answers, ready for the model."""
@@ -214,23 +268,13 @@ class _Asking:
 
     def run(self, asked: list[_Asked]) -> int:
         """Score a unit's samples under all conditions; none is skipped."""
-        correct: list[list[float]] = [[] for _ in asked]
-        logprobs: list[list[float]] = [[] for _ in asked]
-        answers: list[list[str]] = [[] for _ in asked]
-        for condition in self._conditions:
-            with condition.applied(self._model):
-                for places in _batches([one.forced for one in asked], self._batch_size):
-                    batch = [asked[place] for place in places]
-                    for place, (right, total) in zip(places, self._force(batch), strict=True):
-                        correct[place].append(right)
-                        logprobs[place].append(total)
-                    if self._metric is not None:
-                        for place, answer in zip(places, self._answer(batch), strict=True):
-                            answers[place].append(answer)
-                            correct[place][-1] = self._judge(asked[place], answer)
-        for place, one in enumerate(asked):
-            row = (correct[place], logprobs[place], answers[place])
-            self.scored.add(one.number, SampleTrials(one.name, one.sample.label, *row))
+        for batch in _batches(asked, self._batch_size):
+            rows = zip(batch, zip(*self._tried(batch), strict=True), strict=True)
+            for one, trials_of_it in rows:
+                correct, logprobs, answers = zip(*trials_of_it, strict=True)
+                given = answers if self._metric else ()
+                row = SampleTrials(one.name, one.sample.label, correct, logprobs, given)
+                self.scored.add(one.number, row)
         self.require_own_ids()
         return 0
 
@@ -242,18 +286,55 @@ class _Asking:
                 "Give each an id of its own, or none."
             )
 
-    def _force(self, batch: Sequence[_Asked]) -> Iterator[tuple[float, float]]:
-        """Whether each sample is correct, and its answer's log-probability."""
-        forced = [one.forced for one in batch]
-        for one, row in zip(forced, _logits(self._model, forced), strict=True):
-            yield _score(row[-len(one.answer) - 1 :], one.answer, self._ends)
+    def _tried(self, batch: Sequence[_Asked]) -> Iterator[list[tuple[float, float, str]]]:
+        """By condition, of each sample: how right it is, its log-probability, and the answer."""
+        inputs = self._together([one.forced.inputs for one in batch])
+        features = Features(hf_model_of(self._model))
+        for one in self._conditions:
+            kept = features.kept if one.spares_towers else nullcontext
+            with one.condition.applied(self._model):
+                with kept():
+                    read = self._read(batch, inputs)
+                if self._metric is None:
+                    yield [(float(each.right), each.logprob, "") for each in read]
+                    continue
+                known = self._greedy and not one.depends_on_length
+                answers = self._answers(batch, [known and each.right for each in read], read)
+            rights = map(self._judge, batch, answers)
+            logprobs = (each.logprob for each in read)
+            yield list(zip(rights, logprobs, answers, strict=True))
 
-    def _answer(self, batch: Sequence[_Asked]) -> list[str]:
-        """What the model says by itself."""
-        pad = tokenizer_of(self._model).pad_token_id or 0
-        prompts = collate([one.forced.prompt for one in batch], pad)
-        given = to_device(prompts, input_device(self._model))
-        return generate_from(self._model, given, self._max_new_tokens)
+    def _read(self, batch: Sequence[_Asked], inputs: Inputs) -> list[_Read]:
+        """What the model says of each answer, in one pass."""
+        hf_model = hf_model_of(self._model)
+        lengths = [1 + len(one.forced.answer) for one in batch]
+        with last_logits(hf_model, max(lengths)) as options:
+            logits = hf_model(**inputs, use_cache=False, **options).logits
+        return [
+            _Read.of(row[-length:], one.forced.answer, self._ends)
+            for one, row, length in zip(batch, logits, lengths, strict=True)
+        ]
+
+    def _answers(
+        self, batch: Sequence[_Asked], known: Sequence[bool], read: Sequence[_Read]
+    ) -> list[str]:
+        """What the model says by itself, generated where it is not known."""
+        places = [place for place, one in enumerate(known) if not one]
+        generated: list[str] = []
+        if places:
+            prompts = self._together([batch[place].forced.prompt for place in places])
+            generated = generate_from(self._model, prompts, self._max_new_tokens)
+        decode = tokenizer_of(self._model).decode
+        answers = [
+            decode(one.greedy[: self._max_new_tokens], skip_special_tokens=True) for one in read
+        ]
+        for place, answer in zip(places, generated, strict=True):
+            answers[place] = answer
+        return answers
+
+    def _together(self, apart: Sequence[Inputs]) -> Inputs:
+        """One batch, where the model takes it."""
+        return to_device(collate(apart, self._pad), input_device(self._model))
 
     def _judge(self, one: _Asked, answer: str) -> float:
         """What the metric says of an answer."""
@@ -266,40 +347,21 @@ class _Asking:
         return value
 
 
-def _batches(asked: list[Forced], batch_size: int) -> Iterator[list[int]]:
-    """Places of samples of like length that fit one another."""
-    order = sorted(range(len(asked)), key=lambda place: asked[place].length)
-    batch: list[int] = []
-    for place in order:
-        fits = all(fit(kinds(asked[other].inputs), kinds(asked[place].inputs)) for other in batch)
+def _batches(asked: Sequence[_Asked], batch_size: int) -> Iterator[list[_Asked]]:
+    """Samples of like length, with answers of like length, that fit one another."""
+    batch: list[_Asked] = []
+    for one in sorted(asked, key=lambda one: (one.forced.length, len(one.forced.answer))):
+        known = kinds(one.forced.inputs)
+        fits = all(fit(kinds(other.forced.inputs), known) for other in batch)
         if len(batch) == batch_size or not fits:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(one)
     yield batch
 
 
-def _logits(model: Any, batch: list[Forced]) -> Tensor:
-    """`[sample pos vocabulary]` where an answer or the end of one is predicted, at the end."""
-    together = collate([one.inputs for one in batch], tokenizer_of(model).pad_token_id or 0)
-    hf_model = hf_model_of(model)
-    count = 1 + max(len(one.answer) for one in batch)
-    with last_logits(hf_model, count) as options:
-        output = hf_model(**to_device(together, input_device(model)), use_cache=False, **options)
-    logits: Tensor = output.logits[:, -count:]
-    return logits
-
-
-def _score(logits: Tensor, answer: tuple[int, ...], ends: Sequence[int]) -> tuple[bool, float]:
-    """Whether the most probable tokens are the answer and an end; the answer's log-probability."""
-    *best, last = logits.argmax(-1).tolist()
-    return tuple(best) == answer and last in ends, float(logprob(logits[:-1], answer))
-
-
-def _checked(
-    model: Any, conditions: Iterable[Condition]
-) -> tuple[list[Condition], list[tuple[str, list[Any]]]]:
-    """The conditions, each of which can be applied, and what each does, as JSON can hold it."""
+def _checked(model: Any, conditions: Iterable[Condition]) -> list[_Checked]:
+    """The conditions, each of which can be applied, and what each does."""
     conditions = list(conditions)
     if not conditions:
         raise ValueError("trials needs at least one condition, such as ml.Condition('intact').")
@@ -307,12 +369,17 @@ def _checked(
         raise ValueError(f"Two conditions are called {twice!r}; give each a name of its own.")
     hf_model = hf_model_of(model)
     before = len(active(hf_model))
-    done_to: list[tuple[str, list[Any]]] = []
+    checked = []
     for condition in conditions:
         # All of them now, not after hours.
         with condition.applied(model):
-            done_to.append((condition.name, active(hf_model)[before:]))
-    return conditions, json.loads(json.dumps(done_to))
+            done = json.loads(json.dumps(active(hf_model)[before:]))
+        if condition.neurons is not None:
+            own = check_neurons(model, condition.neurons)
+            unnamed = NeuronSet.from_mask(own.mask, means=own.means, site=own.site)
+            condition = replace(condition, neurons=unnamed)
+        checked.append(_Checked(condition, done))
+    return checked
 
 
 def _twice(names: Sequence[str]) -> str | None:

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.utils import ModelOutput
 
 from miner_lens.data.metrics import require_answers
 from miner_lens.data.sample import Sample
 from miner_lens.models.collate import Inputs
 from miner_lens.models.generation import render
-from miner_lens.models.inside import processor_of
+from miner_lens.models.inside import hf_model_of, processor_of
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,27 @@ def force(model: Any, sample: Sample) -> Forced:
     answer = tokenizer_of(model)(sample.answers[0], add_special_tokens=False)["input_ids"]
     if not answer:
         raise ValueError(f"{sample.id or 'A sample'} has an empty answer, which nobody can score.")
-    shape = prompt["input_ids"].shape
-    inputs = {
-        name: _extended(name, value, answer)
-        if isinstance(value, Tensor) and value.shape == shape
-        else value
+    return Forced(answered(hf_model_of(model), prompt, torch.tensor([answer])), tuple(answer))
+
+
+def answered(hf_model: Any, prompt: Inputs, answer: Int[Tensor, "batch pos"]) -> Inputs:
+    """Model inputs of prompts with as many tokens of an answer after each.
+
+    What there is beside the token ids for each token goes on as the model has it go on when it
+    generates: which tokens attend to later ones differs between families. What a model does not
+    know of is 0.
+    """
+    ids = prompt["input_ids"]
+    longer = {
+        name: value
         for name, value in prompt.items()
+        if name != "input_ids" and isinstance(value, Tensor) and value.shape == ids.shape
     }
-    return Forced(inputs, tuple(answer))
+    for _ in range(answer.shape[1]):
+        longer = hf_model._update_model_kwargs_for_generation(ModelOutput(), longer)
+    length = ids.shape[1] + answer.shape[1]
+    longer = {name: pad(value, (0, length - value.shape[1])) for name, value in longer.items()}
+    return prompt | longer | {"input_ids": torch.cat([ids, answer.to(ids)], dim=1)}
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -84,10 +98,3 @@ def logprob(logits: Float[Tensor, "pos token"], answer: tuple[int, ...]) -> Floa
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     tokens = torch.tensor(answer, device=wide.device)
     return wide.log_softmax(-1).gather(-1, tokens[:, None]).double().sum()
-
-
-def _extended(name: str, value: Tensor, answer: list[int]) -> Tensor:
-    """What there is for each token of a prompt, and for the answer's, which are real and text."""
-    if name == "input_ids":
-        return torch.cat([value, value.new_tensor([answer])], dim=1)
-    return pad(value, (0, len(answer)), value=1 if name == "attention_mask" else 0)

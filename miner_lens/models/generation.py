@@ -16,6 +16,26 @@ from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 
+# What in a generation config leaves greedy decoding the choice of the most probable token.
+_HARMLESS = {
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "decoder_start_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "min_p",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "typical_p",
+    "use_cache",
+}
+
 # `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
 _rendering = threading.Lock()
 
@@ -168,3 +188,12 @@ def generate_from(
     new = tokens[:, batch["input_ids"].shape[1] :]
     answers: list[str] = processor_of(model).batch_decode(new, skip_special_tokens=True)
     return answers
+
+
+def is_greedy(model: Any) -> bool:
+    """Whether greedy generation takes the most probable token at each step, and nothing else does.
+
+    A penalty on repetition, say, or several beams in the model's generation config change that.
+    """
+    config = getattr(hf_model_of(model), "generation_config", None)
+    return config is None or config.to_diff_dict().keys() <= _HARMLESS

@@ -9,6 +9,7 @@ import torch
 
 import miner_lens as ml
 from miner_lens.models import forcing
+from miner_lens.models.access import mlps
 from miner_lens.neurons.neuron_set import NeuronSet
 from tests.experiments import naive_logprob
 
@@ -99,6 +100,24 @@ def test_media_are_prepared_once(shapes: Any, monkeypatch: pytest.MonkeyPatch) -
     assert len(rendered) == 3
 
 
+def test_towers_run_once_for_all_conditions_that_spare_them(shapes: Any) -> None:
+    data = ml.datasets.load("easy-vqa", limit=4)
+    tower = NeuronSet.of([(0, n) for n in range(99)], shapes, site="vision")
+    spared = [ml.Condition("intact"), *(ml.Condition(x, some_neurons(shapes, 0.2)) for x in "ab")]
+    conditions = [*spared, ml.Condition("tower", tower), ml.Condition("again")]
+    calls: list[int] = []
+    layer = mlps(shapes, "vision")[0].activation
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        table = ml.trials(shapes, data, conditions, batch_size=2, progress=False)
+    finally:
+        handle.remove()
+    assert len(calls) == 2 * 2  # in each of two batches: once for all, and once without its own
+    alone = [ml.trials(shapes, data, [one], 2, False).logprob[0] for one in conditions]
+    np.testing.assert_array_equal(table.logprob, alone)
+    assert not np.array_equal(table.logprob[3], table.logprob[0])
+
+
 def test_the_first_answer_is_asked_for(shapes: Any) -> None:
     (sample,) = ml.datasets.load("easy-vqa", limit=1)
     gold = sample.answers[0]
@@ -130,10 +149,10 @@ def test_an_answer_that_goes_on_is_not_correct(shapes: Any) -> None:
 
 def test_half_precision_is_scored_in_single(shapes: Any) -> None:
     logits = torch.randn(3, 50).to(torch.bfloat16)
-    right, total = ml.trials.__globals__["_score"](logits, [4, 7], [0])
+    read = ml.trials.__globals__["_Read"].of(logits, (4, 7), [0])
     wide = logits.double().log_softmax(-1)
-    assert total == pytest.approx(float(wide[0, 4] + wide[1, 7]), abs=1e-5)
-    assert not right
+    assert read.logprob == pytest.approx(float(wide[0, 4] + wide[1, 7]), abs=1e-5)
+    assert not read.right
 
 
 def test_a_table_and_a_short_form(shapes: Any) -> None:

@@ -141,6 +141,37 @@ def test_answers_by_a_metric(shapes: Any, tmp_path: Path) -> None:
         table_of(shapes, data, metric=lambda sample, answer: 7)
 
 
+def test_what_greedy_decoding_is_known_to_give_is_not_generated(
+    shapes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ml.datasets.load("easy-vqa", limit=6)
+    data[2] = replace(data[2], answers=("a wrong answer",))
+    generated: list[int] = []
+    generate = ml.trials.__globals__["generate_from"]
+
+    def counting(model: Any, inputs: Any, *options: Any) -> Any:
+        generated.append(len(inputs["input_ids"]))
+        return generate(model, inputs, *options)
+
+    monkeypatch.setitem(ml.trials.__globals__, "generate_from", counting)
+
+    def asked(*conditions: ml.Condition, tokens: int = 4) -> ml.Trials:
+        generated.clear()
+        return ml.trials(shapes, data, conditions, 4, False, metric=exactly, max_new_tokens=tokens)
+
+    intact = ml.Condition("intact")
+    expected = tuple(ml.answers(shapes, data, max_new_tokens=4))
+    assert asked(intact).answers == (expected,)
+    assert generated == [1]
+    # What is written depends on how long the pass is, or more than the most probable token counts.
+    lowest = ml.Condition("min", conditions_of(shapes)[1].neurons, value="min")
+    asked(lowest)
+    assert sum(generated) == 6
+    monkeypatch.setattr(shapes.original_model.generation_config, "repetition_penalty", 1.1)
+    asked(intact)
+    assert sum(generated) == 6
+
+
 def test_files(shapes: Any, tmp_path: Path) -> None:
     data = ml.datasets.load("easy-vqa", limit=4)
     found = table_of(shapes, {"pictures": data[:3], "more": data[3:]})
