@@ -162,7 +162,9 @@ def _needed(wanted: Iterable[str]) -> list[str]:
 
 def _by_layer(condition: ml.Condition) -> dict[int, Tensor]:
     chosen = condition.neurons
-    return chosen.by_layer() if isinstance(chosen, ml.NeuronSet) else {}
+    if not isinstance(chosen, ml.NeuronSet):
+        return {}
+    return (~chosen if condition.complement else chosen).by_layer()
 
 
 def _zeros(neurons: Tensor) -> Callable[..., Tensor]:

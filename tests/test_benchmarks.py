@@ -156,14 +156,13 @@ def test_a_comparison_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_table_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way gives the same table, and the rows say how they compare."""
-    size = tables.Size("shapes", conditions=8, samples=4)
+    size = tables.Size("shapes", conditions=100, samples=2)  # all there are
     made = tables.workloads(size, "cpu")
     found = {name: np.asarray(workload(), dtype=float) for name, workload in made.items()}
-    assert found["trials"].shape == (8, 4)
     for name in ("answers", tables.PUBLISHED):
         np.testing.assert_array_equal(found[name], found["trials"])
     assert found["trials"][0].all()
-    assert not found["trials"].all()
+    assert not found["trials"][-1].any()  # nothing but modality-specific neurons is on
     monkeypatch.setattr(tables, "workloads", lambda *_: made)
     peaks = {"trials": 110.0, "answers": 130.0, tables.PUBLISHED: 100.0}
     monkeypatch.setattr(tables, "peak_of", lambda size, name, device: peaks[name])
