@@ -103,11 +103,12 @@ def workloads(size: Size, device: str) -> dict[str, Workload]:
     path = str(organisms.path(size.model))
     plain: Any = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
     plain = plain.to(device).eval()
-    processor: Any = transformers.AutoProcessor.from_pretrained(path)
+    processor: Any = transformers.AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
     bridge: Any = ml.wrap(twin(plain), processor)
     data = ml.datasets.load("easy-vqa", limit=size.samples + MINED)
     scores = ml.mine(bridge, data[:MINED], batch_size=MINED, progress=False)
-    conditions = ml.experiments.ablation_plan(scores).conditions[: size.conditions]
+    intact, *others = ml.experiments.ablation_plan(scores).conditions
+    conditions = [intact, *others[1 - size.conditions :]]
     asked = data[MINED:]
     return {
         PUBLISHED: lambda: published(plain, processor, asked, conditions),
