@@ -93,8 +93,10 @@ def run_demo(
     Args:
         organism: One of `ORGANISMS`.
         out: Folder for scores, neuron sets, tables and figures; made if needed. `trials.csv.gz` has
-            a row for each question and condition; `summary.csv`, `controls.csv` and
-            `specificity.csv` are what `experiments.statistics` makes of it.
+            a row for each question and condition (`correct`: the answer begins right), and
+            `ended.csv.gz` one for those at the shown ratio (`correct`: it also ends there).
+            `summary.csv`, `controls.csv` and `specificity.csv` are what `experiments.statistics`
+            makes of the former.
         samples: How many questions to ask in each input modality.
         console: Where to print; default the terminal.
 
@@ -125,12 +127,16 @@ def run_demo(
 
     plans = {ask: list(plan(scores, ask)) for ask in data}
     console.print(LEFT_OUT.format(shown=SHOWN_RATIO))
-    tried = []
+    tried, ended = [], []
     for ask, some in data.items():
         conditions = [one for ablation in plans[ask] for one in ablation.conditions]
         labelled = [replace(sample, label=ask) for sample in some]
-        tried.append(trials(model, labelled, [Condition("intact"), *conditions]).to_frame())
-    results = Results.of(pd.concat(tried, ignore_index=True), plans)
+        intact = Condition("intact")
+        tried.append(trials(model, labelled, [intact, *conditions], metric="begins").to_frame())
+        msns = [one for one in conditions if one.name.endswith(named("MSNs", SHOWN_RATIO))]
+        ended.append(trials(model, labelled, [intact, *msns]).to_frame())
+    tables = [pd.concat(each, ignore_index=True) for each in (tried, ended)]
+    results = Results.of(tables[0], tables[1], plans)
     results.save(out)
     plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
     for ask in data:
@@ -174,23 +180,28 @@ class Results:
     """The table of trials and what it says.
 
     Attributes:
-        trials: One row for each question and condition.
+        trials: One row for each question and condition; an answer is right that begins so.
+        ended: The same of the shown MSNs, where a right answer also ends there.
         summary: As `run_demo` returns it.
         controls: MSNs beside their controls, all in one family.
         specificity: Each input's own MSNs, in questions in it and in the other input.
     """
 
     trials: pd.DataFrame
+    ended: pd.DataFrame
     summary: pd.DataFrame
     controls: pd.DataFrame
     specificity: pd.DataFrame
 
     @classmethod
-    def of(cls, tried: pd.DataFrame, plans: Mapping[str, list[Ablation]]) -> Results:
+    def of(
+        cls, tried: pd.DataFrame, ended: pd.DataFrame, plans: Mapping[str, list[Ablation]]
+    ) -> Results:
         """What the trials of these plans say."""
         own = {named(f"{ask} MSNs", SHOWN_RATIO): ask for ask in plans}
         return cls(
             tried,
+            ended,
             _summary(tried, plans),
             statistics.against_controls(tried, _comparisons(plans)),
             statistics.specificity(tried, own, lambda sample: sample.rpartition("/")[0]),
@@ -199,6 +210,7 @@ class Results:
     def save(self, out: Path) -> None:
         """Write the tables and the figures of costs."""
         self.trials.to_csv(out / "trials.csv.gz", index=False)
+        self.ended.to_csv(out / "ended.csv.gz", index=False)
         for name in ("summary", "controls", "specificity"):
             getattr(self, name).to_csv(out / f"{name}.csv", index=False)
         for name, lines in _lines(self.summary):
@@ -210,6 +222,7 @@ class Results:
         of_it = self.controls[self.controls["condition"].str.endswith(shown)]
         yield from findings.beside_controls(of_it, len(self.controls))
         yield from findings.specificity(self.specificity)
+        yield from findings.endings(self.trials, self.ended)
 
 
 def _summary(tried: pd.DataFrame, plans: Mapping[str, list[Ablation]]) -> pd.DataFrame:

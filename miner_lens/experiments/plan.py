@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from miner_lens.experiments.statistics import averaged, costs
 from miner_lens.experiments.table import Trials
-from miner_lens.experiments.trials import Condition, trials
+from miner_lens.experiments.trials import Condition, Metric, Reading, trials
 from miner_lens.experiments.trials import Item as Item
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
 
     batch_size: int
     progress: bool
+    metric: Metric | Reading
     checkpoint: str | Path | None
 
 

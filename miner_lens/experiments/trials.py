@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,8 @@ TABLE = 1
 Item = Sample | Mapping[str, Any]
 # How right an answer to a sample is, from 0 to 1.
 Metric = Callable[[Sample, str], float]
+# What is read of an answer without generating: whether it comes and ends, or whether it comes.
+Reading = Literal["exact", "begins"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def trials(
     batch_size: int = 16,
     progress: bool = True,
     *,
-    metric: Metric | None = None,
+    metric: Metric | Reading = "exact",
     max_new_tokens: int = 16,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
@@ -106,10 +108,11 @@ def trials(
     The answer is read by the model after the prompt, in one pass for each condition and batch. Its
     log-probability is the sum over its tokens, without the end of the turn. It is correct if greedy
     decoding would give exactly these tokens and then end the turn: each is the most probable after
-    the prompt and those before it. Of several accepted answers the first is asked for. With a
-    metric, the model answers as well, which takes longer; `correct` is then what the metric says of
-    that answer, and the table has it as `answer`. Nothing is generated where greedy decoding is
-    known to give the answer that was read.
+    the prompt and those before it. With `metric="begins"` the end is not asked for: a model that
+    gives the answer and then goes on is right. Of several accepted answers the first is asked for.
+    With a function as metric, the model answers as well, which takes longer; `correct` is then what
+    the function says of that answer, and the table has it as `answer`. Nothing is generated where
+    greedy decoding is known to give the answer that was read.
 
     Samples are prepared once for all conditions, and those of like length go into a pass together.
     Towers run once for all conditions that switch off neurons of the decoder alone. With
@@ -124,9 +127,9 @@ def trials(
         conditions: What to switch off, each with its own name.
         batch_size: Samples in one forward pass.
         progress: Whether to show a progress bar.
-        metric: A function of a `Sample` and the model's answer that says from 0 to 1 how right it
-            is.
-        max_new_tokens: The length of an answer at most, where there is a metric.
+        metric: `"exact"`, `"begins"`, or a function of a `Sample` and the model's answer that says
+            from 0 to 1 how right it is.
+        max_new_tokens: The length of an answer at most, where one is generated.
         checkpoint: A folder in which to keep what is done, as for `ml.run`. Called again with the
             same model, data and arguments, a table that was stopped, also by SIGKILL, continues to
             the same table, bit for bit; with another number of processes too.
@@ -135,9 +138,9 @@ def trials(
     Raises:
         ValueError: No data, no condition, two conditions of one name, two samples of one id, a
             sample without answers or with an empty one, a condition that does not fit the model, a
-            model without a processor or an end of turn, a batch size below 1, a metric that gives
-            something else than 0 to 1, a checkpoint of another table or one that is in use, or
-            processes that differ in model, data or arguments.
+            model without a processor or an end of turn, a batch size below 1, an unknown metric or
+            one that gives something else than 0 to 1, a checkpoint of another table or one that is
+            in use, or processes that differ in model, data or arguments.
         SampleError: A sample cannot be read.
         RankError: Another process has stopped.
 
@@ -148,6 +151,8 @@ def trials(
     """
     model = prepared_bridge(model)
     checked = _checked(model, conditions)
+    if not callable(metric) and metric not in get_args(Reading):
+        raise ValueError(f"metric is 'exact', 'begins' or a function, not {metric!r}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
     asking = _Asking(model, checked, batch_size, _ends(model), metric, max_new_tokens)
@@ -160,8 +165,8 @@ def trials(
                 "analyzers": [["trials", TABLE]],
                 "conditions": [[one.condition.name, one.done] for one in checked],
                 "batch_size": batch_size,
-                "metric": described(metric),
-                "max_new_tokens": max_new_tokens if metric else None,
+                "metric": described(metric) if callable(metric) else metric,
+                "max_new_tokens": max_new_tokens if callable(metric) else None,
             }
         sampler = Sampler(max(WINDOW, batch_size), input_device(model))
         seen, _ = work_through(
@@ -179,7 +184,7 @@ def trials(
         raise ValueError("There is no data: the iterable of samples is empty.")
     asking.require_own_ids()  # of all processes now
     names = [one.condition.name for one in checked]
-    return asking.scored.table(names, metric is None, identity(model))
+    return asking.scored.table(names, not callable(metric), identity(model))
 
 
 @dataclass(frozen=True)
@@ -224,11 +229,13 @@ class _Read:
 
     Attributes:
         greedy: The most probable tokens, as many as the answer has, and one for its end.
+        begins: Whether these begin with the answer.
         right: Whether these are the answer and an end.
         logprob: The answer's log-probability, in nats.
     """
 
     greedy: tuple[int, ...]
+    begins: bool
     right: bool
     logprob: float
 
@@ -238,8 +245,14 @@ class _Read:
     ) -> _Read:
         """What the logits before each of the answer's tokens, and after the last, say."""
         greedy = tuple(logits.argmax(-1).tolist())
-        right = greedy[:-1] == tuple(answer) and greedy[-1] in ends
-        return cls(greedy, right, float(logprob(logits[:-1], answer)))
+        begins = greedy[:-1] == tuple(answer)
+        return cls(
+            greedy, begins, begins and greedy[-1] in ends, float(logprob(logits[:-1], answer))
+        )
+
+    def says(self, metric: Reading) -> float:
+        """1 where the answer is right by a metric that needs no more than this, else 0."""
+        return float(self.right if metric == "exact" else self.begins)
 
 
 class _Asking:
@@ -251,7 +264,7 @@ class _Asking:
         conditions: Sequence[_Checked],
         batch_size: int,
         ends: Sequence[int],
-        metric: Metric | None,
+        metric: Metric | Reading,
         max_new_tokens: int,
     ) -> None:
         self.scored = Scored()
@@ -272,7 +285,7 @@ class _Asking:
             rows = zip(batch, zip(*self._tried(batch), strict=True), strict=True)
             for one, trials_of_it in rows:
                 correct, logprobs, answers = zip(*trials_of_it, strict=True)
-                given = answers if self._metric else ()
+                given = answers if callable(self._metric) else ()
                 row = SampleTrials(one.name, one.sample.label, correct, logprobs, given)
                 self.scored.add(one.number, row)
         self.require_own_ids()
@@ -295,8 +308,8 @@ class _Asking:
             with one.condition.applied(self._model):
                 with kept():
                     read = self._read(batch, inputs)
-                if self._metric is None:
-                    yield [(float(each.right), each.logprob, "") for each in read]
+                if not callable(self._metric):
+                    yield [(each.says(self._metric), each.logprob, "") for each in read]
                     continue
                 known = self._greedy and not one.depends_on_length
                 answers = self._answers(batch, [known and each.right for each in read], read)
@@ -338,7 +351,7 @@ class _Asking:
 
     def _judge(self, one: _Asked, answer: str) -> float:
         """What the metric says of an answer."""
-        value = float(self._metric(one.sample, answer)) if self._metric else 0.0
+        value = float(self._metric(one.sample, answer)) if callable(self._metric) else 0.0
         if not 0 <= value <= 1:
             raise ValueError(
                 f"The metric gave {value} for the answer {answer!r} to {one.name}; expected a "

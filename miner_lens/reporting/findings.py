@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +51,24 @@ def specificity(table: pd.DataFrame) -> Iterator[str]:
             f"Switching off {row['condition']} costs {row['own']} questions {own} "
             f"{_UNITS[measure]} and {row['other']} questions {other}; difference "
             f"{_with_interval(row, 'difference')}: {row['verdict']}."
+        )
+
+
+def endings(begun: pd.DataFrame, ended: pd.DataFrame) -> Iterator[str]:
+    """How many answers begin right, and how many also end there; by input and condition.
+
+    Args:
+        begun: Trials by the metric `begins`.
+        ended: The same trials, or some of them, by `exact`.
+    """
+    key = ["label", "condition"]
+    first, last = (one.groupby(key, sort=False)["correct"].mean() for one in (begun, ended))
+    for place, exact in last.items():
+        label, condition = cast("tuple[str, str]", place)
+        off = "nothing" if condition == "intact" else condition
+        yield (
+            f"Asked about the {label}, with {off} off, {first[place]:.1%} of the "
+            f"answers begin right and {exact:.1%} also end there."
         )
 
 

@@ -46,6 +46,36 @@ def test_trials_agree_with_generation(organism: str, name: str, medium: str) -> 
         assert rates["intact"] > 0.9 > rates.min()
 
 
+def test_an_unknown_metric_is_refused(shapes: Any) -> None:
+    data = ml.datasets.load("easy-vqa", limit=2)
+    with pytest.raises(ValueError, match="metric is 'exact', 'begins' or a function, not 'anls'"):
+        ml.trials(shapes, data, [ml.Condition("intact")], metric="anls")  # type: ignore[arg-type]
+
+
+def test_an_answer_may_begin_right_and_go_on(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what is generated, by a model whose turn ends with a token that it never says."""
+    data = ml.datasets.load("easy-vqa", limit=24)
+    conditions = [ml.Condition("intact"), ml.Condition("off", some_neurons(shapes, 0.6))]
+    encode = shapes.processor.tokenizer
+    never = encode("circle").input_ids[0]
+    monkeypatch.setattr(shapes.original_model.generation_config, "eos_token_id", never)
+    exact = ml.trials(shapes, data, conditions)
+    found = ml.trials(shapes, data, conditions, metric="begins")
+    for row, condition in zip(found.correct, conditions, strict=True):
+        with condition.applied(shapes):
+            given = ml.answers(shapes, data, max_new_tokens=1)
+        begun = [
+            encode(answer).input_ids[:1] == encode(one.answers[0]).input_ids
+            for answer, one in zip(given, data, strict=True)
+        ]
+        assert row.tolist() == begun
+    assert found.correct.dtype == bool
+    assert found.correct[0].all()
+    assert not found.correct[1].all()
+    assert not exact.correct.any()
+    np.testing.assert_array_equal(found.logprob, exact.logprob)
+
+
 def test_logprob_is_that_of_the_whole_answer(shapes: Any) -> None:
     """Against a pass with all logits over each sample by itself, for answers of any length."""
     asked = ml.datasets.load("easy-vqa", limit=6)

@@ -47,3 +47,15 @@ def test_a_sentence_on_specificity() -> None:
         "answer's log-probability and text questions 0.400 [0.300, 0.500]; difference -0.300 "
         "[-0.400, -0.200]: hurts the other more."
     )
+
+
+def test_a_sentence_on_answers_that_go_on() -> None:
+    keys = {"label": "image", "condition": ["intact", "intact", "image MSNs", "image MSNs"]}
+    begun = pd.DataFrame(keys | {"correct": [True, True, True, False]})
+    ended = pd.DataFrame(keys | {"correct": [True, True, False, False]})
+    assert list(findings.endings(begun, ended)) == [
+        "Asked about the image, with nothing off, 100.0% of the answers begin right and 100.0% "
+        "also end there.",
+        "Asked about the image, with image MSNs off, 50.0% of the answers begin right and 0.0% "
+        "also end there.",
+    ]
