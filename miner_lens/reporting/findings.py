@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,12 +63,12 @@ def endings(begun: pd.DataFrame, ended: pd.DataFrame) -> Iterator[str]:
     """
     key = ["label", "condition"]
     first, last = (one.groupby(key, sort=False)["correct"].mean() for one in (begun, ended))
-    for place, exact in last.items():
-        label, condition = cast("tuple[str, str]", place)
-        off = "nothing" if condition == "intact" else condition
+    both = last.to_frame("ended").join(first.rename("begun"))
+    for row in both.reset_index().to_dict("records"):
+        off = "nothing" if row["condition"] == "intact" else row["condition"]
         yield (
-            f"Asked about the {label}, with {off} off, {first[place]:.1%} of the "
-            f"answers begin right and {exact:.1%} also end there."
+            f"Asked about the {row['label']}, with {off} off, {row['begun']:.1%} of the answers "
+            f"begin right and {row['ended']:.1%} also end there."
         )
 
 
