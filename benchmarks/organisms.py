@@ -92,14 +92,16 @@ class Lab:
 
 def controls(lab: Lab) -> str:
     """All MSNs and each modality's, beside their controls."""
-    found = ml.experiments.ablation_table(lab.model, lab.tried, lab.scores, RATIO, batch_size=BATCH)
+    found = ml.experiments.ablation_table(
+        lab.model, lab.tried, lab.scores, RATIO, batch_size=BATCH, metric="begins"
+    )
     return f"{found.summary}\n\n{costs(found.frame, ['off', 'kind', 'neurons'])}"
 
 
 def ratios(lab: Lab) -> str:
     """What is lost by how many neurons."""
     found = ml.experiments.ratio_sweep(
-        lab.model, lab.tried, lab.scores, seeds=[0], batch_size=BATCH
+        lab.model, lab.tried, lab.scores, seeds=[0], batch_size=BATCH, metric="begins"
     )
     shown = found.frame[found.frame["off"].isin(["all", "random"])]
     drawn = lab.picture(found, "ratios")
@@ -118,7 +120,7 @@ def specific(lab: Lab) -> str:
     selections.append(("attribution, contrastive", lab.attribution, "contrastive"))
     for called, scores, strategy in selections:
         found = ml.experiments.specificity(
-            lab.model, lab.tried, scores, RATIO, strategy, batch_size=BATCH
+            lab.model, lab.tried, scores, RATIO, strategy, batch_size=BATCH, metric="begins"
         )
         matrix = found.matrix()
         for measure, row in found.index.set_index("measure").iterrows():
@@ -150,14 +152,16 @@ def specific(lab: Lab) -> str:
 def grid(lab: Lab) -> str:
     """Metrics and strategies."""
     few = {ask: some[:32] for ask, some in lab.tried.items()}
-    found = ml.experiments.selection_grid(lab.model, few, lab.scores, RATIO, batch_size=BATCH)
+    found = ml.experiments.selection_grid(
+        lab.model, few, lab.scores, RATIO, batch_size=BATCH, metric="begins"
+    )
     return f"{found.summary}\n\n{lab.picture(found, 'grid')}"
 
 
 def values(lab: Lab) -> str:
     """What is written in place of the activation."""
     found = ml.experiments.ablation_values(
-        lab.model, lab.tried, lab.scores, ratio=RATIO, seeds=[0], batch_size=BATCH
+        lab.model, lab.tried, lab.scores, ratio=RATIO, seeds=[0], batch_size=BATCH, metric="begins"
     )
     return f"{found.summary}\n\n{costs(found.frame, ['written', 'off', 'neurons'])}"
 
@@ -166,7 +170,7 @@ def needed(lab: Lab) -> str:
     """Deletion and insertion curves."""
     few = {ask: some[:32] for ask, some in lab.tried.items()}
     found = ml.experiments.necessity(
-        lab.model, few, lab.scores, lab.subject.inputs, seeds=[0], batch_size=BATCH
+        lab.model, few, lab.scores, lab.subject.inputs, seeds=[0], batch_size=BATCH, metric="begins"
     )
     return f"{found.summary}\n\n{lab.picture(found, 'necessity')}"
 
@@ -318,7 +322,8 @@ def main() -> None:
         f"# {options.organism}: what the experiments say\n\nEvery number here is written by "
         f"`python -m benchmarks.organisms {options.organism}`: {options.mined} questions of "
         f"{lab.subject.data} through each input modality are mined, {options.tried} others tried. "
-        "Intervals are 95 % bootstrap intervals over questions.\n"
+        "`correct`: greedy decoding begins with the answer. Intervals are 95 % bootstrap intervals "
+        "over questions.\n"
     ]
     for part, (title, _) in PARTS.items():
         if (file := folder / f"{part}.md").exists():
