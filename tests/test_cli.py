@@ -88,7 +88,8 @@ def test_domains(tmp_path: Path) -> None:
 def test_experiment(tmp_path: Path) -> None:
     data = ["shapes", "easy-vqa:image", "easy-vqa:text"]
     small = ["--mined", 4, "--limit", 4, "--out", tmp_path, "--checkpoint", tmp_path / "kept"]
-    shown = call("experiment", "specificity", *data, *small, "--ratio", 0.1)
+    how = ("--ratio", 0.1, "--metric", "begins")
+    shown = call("experiment", "specificity", *data, *small, *how)
     assert "specificity index" in shown
     found = ml.experiments.Specificity.load(tmp_path / "specificity.safetensors")
     assert found.summary in shown
@@ -96,6 +97,8 @@ def test_experiment(tmp_path: Path) -> None:
     assert len(pd.read_csv(tmp_path / "specificity.csv")) == len(found.frame)
     assert (tmp_path / "specificity.png").read_bytes().startswith(b"\x89PNG")
     assert "no experiment 'luck'" in call("experiment", "luck", *data, *small, code=2)
+    other = ("--metric", "luck")
+    assert "not 'luck'" in call("experiment", "specificity", *data, *small, *other, code=2)
     given = ("--scores", tmp_path / "scores.safetensors")
     assert "leave --scores out" in call("experiment", "transfer", *data, *small, *given, code=2)
 

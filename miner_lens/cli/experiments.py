@@ -39,6 +39,9 @@ def experiment(
     limit: Annotated[int, typer.Option(help="So many others are tried.")] = 100,
     ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
     strategy: Annotated[str, typer.Option(help="As for select.")] = "LA_MU",
+    metric: Annotated[
+        str, typer.Option(help="exact: the answer comes and ends; begins: it comes.")
+    ] = "exact",
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which trials that were stopped continue.")
@@ -73,7 +76,8 @@ def experiment(
         given = {"ratio": ratio, "strategy": strategy}
         how: dict[str, Any] = {option: given[option] for option in EXPERIMENTS[name]}
         made = getattr(ml.experiments, name.replace("-", "_"))
-        result = made(bridge, tried, found, batch_size=batch_size, checkpoint=checkpoint, **how)
+        how |= {"batch_size": batch_size, "metric": metric, "checkpoint": checkpoint}
+        result = made(bridge, tried, found, **how)
         if launchers.rank() > 0:  # all ranks have it
             return
         result.save(out / f"{name}.safetensors")
