@@ -17,6 +17,7 @@ from miner_lens.models import sites
 from miner_lens.models.access import identity, layout, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
 from miner_lens.models.devices import offloaded_weights
+from miner_lens.models.experts import ExpertProjection, passing
 from miner_lens.models.hook import ContextHook
 from miner_lens.models.inside import (
     bare,
@@ -72,14 +73,16 @@ def ablate(
         neurons: The neurons, or what `select` returns, which means all of them.
         value: `"zero"`, a number, `"min"` (the smallest X of the layer in the same pass, over
             the sample's real tokens; in a tower, over the same image, video or clip) or `"mean"`
-            (each neuron's mean when it was mined).
+            (each neuron's mean when it was mined; not of experts, whose neurons are written at the
+            tokens that the router sends them).
         at: Only at the tokens of this modality; default everywhere. In a tower, where only its
             own medium occurs, leave it out.
         complement: Ablate every neuron of the site but these.
 
     Raises:
-        ValueError: The neurons are another model's, carry no means for `"mean"` or several, the
-            model has no such modality, or its weights are on the meta device and not offloaded.
+        ValueError: The neurons are another model's, carry no means for `"mean"` or several, or are
+            experts' and it is asked for, the model has no such modality, or its weights are on the
+            meta device and not offloaded.
 
     Example:
         with ml.ablate(model, msns["image"]):
@@ -88,8 +91,10 @@ def ablate(
     write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _tokens(model, write)
     layers, hf_model = mlps(model, write.site), hf_model_of(model)
+    write.check(layers)
     hooks = ContextHooks()
     with ExitStack() as open_:
+        open_.enter_context(passing(layers))
         open_.enter_context(uncompiled())
         open_.enter_context(noted(hf_model, write.described()))
         open_.callback(tokens.stop)
@@ -136,8 +141,10 @@ def ablation_hooks(
         )
     seen = pass_inputs(model)
     place = sites.find(hf_model_of(model), write.site)
+    layers = mlps(model, write.site)
+    write.check(layers)
     hooks: list[Hook] = []
-    for layer, target in write.targets(mlps(model, write.site), hf_model_of(model)).items():
+    for layer, target in write.targets(layers, hf_model_of(model)).items():
         hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
     return hooks
 
@@ -299,6 +306,19 @@ class _Write:
         self.site = neurons.site
         self.value = value
         self.at = at
+
+    def check(self, layers: list[MLP]) -> None:
+        """Refuse the mean of experts.
+
+        Raises:
+            ValueError: As said.
+        """
+        if self.means is not None and any(isinstance(m.down, ExpertProjection) for m in layers):
+            raise ValueError(
+                "value='mean' is not defined for neurons of experts: the mined mean counts tokens "
+                "that the router does not send to an expert as 0, and only at the others can it "
+                "be written. Give a number, 'zero' or 'min'."
+            )
 
     def described(self) -> Any:
         """What it does, as JSON can hold it."""

@@ -109,11 +109,15 @@ def test_a_tower_without_hookable_activations() -> None:
         ml.mine(bridge, TEXTS, site="vision", progress=False)
 
 
-def test_experts() -> None:
-    config = MixtralConfig(**TEXT, num_local_experts=2)
-    bridge = ml.wrap(MixtralForCausalLM(config).eval())
-    with pytest.raises(ValueError, match=r"no gated MLP .* but experts"):
+def test_experts_without_hookable_activations() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+    for layer in model.model.layers:
+        del layer.mlp.experts.act_fn
+        layer.mlp.experts.act_fn = silu
+    bridge = ml.wrap(model)
+    with pytest.raises(ValueError, match=r"no gated MLP .* but experts that transformers'"):
         ml.mine(bridge, TEXTS, progress=False)
+    assert "missing: llm: Layer 0" in str(describe(bridge))
 
 
 def test_an_unknown_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
