@@ -179,8 +179,7 @@ def _installed(experts: nn.Module) -> Any:
     """What X passes through, by the forward that was installed; None without one."""
     # A partial, because a deep copy of it belongs to the copy of the experts.
     held = vars(experts).get(_place(experts))
-    ours = isinstance(held, partial) and held.func is _forward
-    return held.args[1] if ours else None
+    return held.args[1] if isinstance(held, partial) and held.func is _forward else None
 
 
 def _note_shape(block: Any, args: tuple[Any, ...]) -> None:

@@ -73,7 +73,8 @@ class Stack:
         module: The name of the module that is called once for all items of a medium.
         modalities: The media that pass through it.
         layers: Its layers that have neurons.
-        blocks: The name of the list of its layers; None for a single MLP.
+        blocks: The name of the list of its layers; None for a single MLP, and for several that
+            stand in different places.
     """
 
     site: str
@@ -236,12 +237,31 @@ def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[St
         if isinstance(module, nn.ModuleList):
             if within is None:
                 blocks, layers = path, _blocks_of(module, path)
-        elif (names := mlp_names(module)) is not None:
-            activation, before, down = (joined(path, name) for name in names)
-            layers = (Layer(activation, before, down),)
+        elif mlp_names(module) is not None:
+            alike = (one for one in _alike(hf_model, decoder, module) if one != path)
+            layers = tuple(_layer_at(hf_model, one) for one in (path, *alike))
         if layers:
             yield Stack("projector", _whole(hf_model, path, others), media, layers, blocks)
             return
+
+
+def _alike(hf_model: Any, decoder: Any, module: Any) -> Iterator[str]:
+    """Names of modules of the same kind in lists outside the decoder.
+
+    Qwen3-VL's DeepStack merges what some blocks of the tower make as its projector does, and hands
+    it to the decoder's first layers.
+    """
+    for path, outside in _outside(hf_model, decoder):
+        if isinstance(outside, nn.ModuleList):
+            for name, child in children(outside).items():
+                if type(child) is type(module):
+                    yield joined(path, name)
+
+
+def _layer_at(hf_model: Any, path: str) -> Layer:
+    names = mlp_names(part(hf_model, path)) or ()
+    activation, before, down = (joined(path, name) for name in names)
+    return Layer(activation, before, down)
 
 
 def _blocks_of(blocks: nn.ModuleList, path: str) -> tuple[Layer, ...]:
