@@ -107,11 +107,13 @@ def describe(model: Any) -> ModelDescription:
         known = None
         missing.append(f"modalities: {error}")
     media = dict(known.media) if known else media_tokens(hf_model.config)
-    found = []
+    found, there = [], set(bridge.hook_dict)
+    if attention.unreadable(bridge):
+        there -= {point for n in range(len(bridge.blocks)) for point in Decoder().rotated_points(n)}
     for place in sites(hf_model).values():
         modalities = ("text", "special", *media) if place.name == "llm" else ()
         try:
-            found.append(_described(place, hf_model, set(bridge.hook_dict), modalities))
+            found.append(_described(place, hf_model, there, modalities))
         except ValueError as error:
             missing.append(f"{place.name}: {error}")
     missing += _missing(bridge, {site.name: site for site in found}, media)

@@ -216,14 +216,18 @@ def _stacks(hf_model: Any) -> Iterator[Stack]:
 
 
 def _blocks(tower: Any, path: str) -> tuple[tuple[Layer, ...], str] | None:
-    """The layers of the first list of blocks that have MLPs, and the list's name."""
-    for name, module in walk(tower, path):
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        layers = _blocks_of(module, name)
-        if layers and layers[0].attention is not None:
-            return layers, name
-    return None
+    """The layers of a list of blocks that have MLPs, and the list's name.
+
+    Of several it is the first with attention; or else, as attention may be outside transformers'
+    interface, the first.
+    """
+    found = [
+        (layers, name)
+        for name, module in walk(tower, path)
+        if isinstance(module, nn.ModuleList) and (layers := _blocks_of(module, name))
+    ]
+    attends = [one for one in found if one[0][0].attention is not None]
+    return next(iter(attends or found), None)
 
 
 def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[Stack]:

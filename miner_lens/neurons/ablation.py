@@ -341,16 +341,17 @@ class _Write:
                 index = _others(index, self.neurons.neurons)
             elif means is not None:
                 means = means[index]
-            weight = next(layers[layer].before.parameters())
-            device = weight.device
-            if device.type == "meta":
-                if id(weight) not in offloaded:
-                    raise ValueError(
-                        f"The weights of layer {layer} are on the meta device, where nothing is "
-                        "computed, so there is nothing to ablate. Load the model with its weights."
-                    )
-                # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
-                device = index.device
+            weight = next(iter(layers[layer].before.parameters()), None)
+            # Packed weights are no parameters, and offloaded ones lie elsewhere than the layer
+            # computes; `__call__` sees where.
+            device = index.device
+            if weight is not None and weight.device.type != "meta":
+                device = weight.device
+            elif weight is not None and id(weight) not in offloaded:
+                raise ValueError(
+                    f"The weights of layer {layer} are on the meta device, where nothing is "
+                    "computed, so there is nothing to ablate. Load the model with its weights."
+                )
             if means is not None:
                 means = means.to(device)
             targets[layer] = _Target(index.to(device), others, means)
