@@ -56,9 +56,8 @@ def quantization(hf_model: Any) -> str | None:
             return str(weight.dtype if plain else type(weight.data).__name__)
     for module in hf_model.modules():
         # Torch's own and others pack weights into what is no parameter.
-        linear = _inside(module) is module and hasattr(module, "in_features")
-        if linear and not isinstance(getattr(module, "weight", None), Tensor):
-            return str(module._get_name())
+        if hasattr(module, "in_features") and next(module.parameters(), None) is None:
+            return str(_inside(module)._get_name())
     return None
 
 

@@ -38,6 +38,7 @@ from transformers import (
 import miner_lens as ml
 from miner_lens.models import access
 from tests.families import PATCH, SIDE
+from tests.models.test_experts import qwen3_vl_moe
 from tests.models.test_families import of_decoder
 from tests.parts import FAMILIES
 from tests.towers import AUDIO, IMAGE
@@ -162,11 +163,7 @@ MADE: dict[str, tuple[Callable[[], Any], str, int]] = {
 def test_messages(name: str, tmp_path: Path) -> None:
     make, image, count = MADE[name]
     plain, _ = FAMILIES[name].make()
-    made = make()
-    made.chat_template = TEMPLATE.replace("IMAGE", image)
-    for part in (plain, made):
-        part.save_pretrained(tmp_path)
-    bridge = ml.load(tmp_path, device="cpu")
+    bridge = loaded(plain, make(), image, tmp_path)
     processor = bridge.processor
     messages = [{"role": "user", "content": question(name == "qwen2_5_omni")}]
     inputs = dict(
@@ -199,6 +196,29 @@ def test_messages(name: str, tmp_path: Path) -> None:
     assert ml.generate(bridge, messages, 4) == answer[0]
     report = ml.check_family(bridge, messages)
     assert report.passed, report
+
+
+def loaded(plain: Any, processor: Any, image: str, folder: Path) -> Any:
+    """The model and its processor, from a folder."""
+    processor.chat_template = TEMPLATE.replace("IMAGE", image)
+    for part in (plain, processor):
+        part.save_pretrained(folder)
+    return ml.load(folder, device="cpu")
+
+
+def test_experts(tmp_path: Path) -> None:
+    plain, _ = qwen3_vl_moe()
+    bridge = loaded(plain, qwen3_vl(), FRAMED, tmp_path)
+    messages = [{"role": "user", "content": question(False)}]
+    report = ml.check_family(bridge, messages)
+    assert report.passed, report
+    scores = ml.mine(bridge, [ml.Sample(messages)], progress=False)
+    assert scores.values[:, scores.modalities.index("image")].any()
+    neurons = scores.select(0.1)["image"]
+    before = ml.generate(bridge, messages, 4)
+    with ml.ablate(bridge, ~neurons):
+        assert ml.generate(bridge, messages, 4) != before
+    assert ml.generate(bridge, messages, 4) == before
 
 
 def question(heard: bool) -> list[dict[str, Any]]:
