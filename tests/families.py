@@ -325,5 +325,38 @@ def qwen2_5_omni() -> Made:
     }
 
 
+def phi4_multimodal() -> Made:
+    """Gate and up of its MLPs are one projection, and its encoders are part of its decoder."""
+    vision = VISION | {"image_size": SIDE, "crop_size": SIDE, "patch_size": 2}
+    audio = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_blocks": 1,
+        "num_attention_heads": 2,
+        "ext_pw_out_channel": 16,
+        "depthwise_separable_out_channel": 16,
+        "input_size": 16,
+        "nemo_conv_channels": 16,
+        "audio_token_id": AUDIO,
+    }
+    model = build(
+        "Phi4MultimodalForCausalLM",
+        **TEXT,
+        original_max_position_embeddings=64,
+        max_position_embeddings=64,
+        vision_config=vision | {"image_token_id": IMAGE},
+        audio_config=audio,
+    )
+    torch.manual_seed(4)
+    # Two crops of 2 x 2 tokens side by side and the whole image, with a token after each row.
+    tokens = 2 * 5 + 1 + 2 * 3
+    inputs = prompts([(5, 2), (IMAGE, tokens), (6, 1)], [(IMAGE, tokens), (9, 5)])
+    return model, inputs | {
+        "image_pixel_values": torch.randn(2, 3, 3, SIDE, SIDE),
+        "image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * 2),
+        "image_attention_mask": torch.ones(2, 3, 4, 4),
+    }
+
+
 def llama() -> Made:
     return build("LlamaForCausalLM", **TEXT), prompts([(5, 3), (6, 2)], [(7, 2), (8, 1)])

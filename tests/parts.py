@@ -1,4 +1,4 @@
-"""Sixteen families of models, and where in each of them neurons are, written by hand."""
+"""Seventeen families of models, and where in each of them neurons are, written by hand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.families import (
     llava_onevision,
     mistral3,
     paligemma,
+    phi4_multimodal,
     qwen2_5_omni,
     qwen2_5_vl,
     qwen2_audio,
@@ -32,13 +33,13 @@ class Part:
     """Where neurons are, written by hand: names from the model, and from each layer.
 
     Attributes:
-        layers: The list of layers, or None: one MLP.
+        layers: The list of layers, or the names of each; None: one MLP.
         activation, attention, down: Of a layer.
         items: In each call, its modality and (sample, rows) of each item, in order.
         padding: Rows of the call's heap that are padding.
     """
 
-    layers: str | None
+    layers: str | tuple[str, ...] | None
     activation: str
     attention: str | None
     down: str
@@ -129,10 +130,12 @@ FAMILIES: dict[str, Family] = {
         {
             "llm": LLM,
             **_grid("mlp.linear_fc2", "mlp.act_fn", *GRIDS),
+            # The merger, and that of DeepStack after the first block.
             "projector": replace(
                 _grid("", "", *GRIDS)["projector"],
-                activation="model.visual.merger.act_fn",
-                down="model.visual.merger.linear_fc2",
+                layers=("model.visual.merger", "model.visual.deepstack_merger_list.0"),
+                activation="act_fn",
+                down="linear_fc2",
             ),
         },
     ),
@@ -197,6 +200,10 @@ FAMILIES: dict[str, Family] = {
             "audio": _whisper(("audio", ((0, 20), (2, 7)))),
             **_grid(*GATED, OMNI),
         },
+    ),
+    "phi4_multimodal": Family(
+        phi4_multimodal,
+        {"llm": replace(LLM, layers="model.layers", activation="mlp.activation_fn")},
     ),
     "llama": Family(llama, {"llm": replace(LLM, layers="model.layers")}),
 }

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from miner_lens.models import sites
-from miner_lens.models.attention import scale_of
+from miner_lens.models.attention import scale_of, unreadable
 from miner_lens.running.batch import Batch, TowerBatch
 from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
@@ -43,6 +43,13 @@ class AttentionSums:
         hf_model = model.original_model
         site = sites.find(hf_model, self.site)
         layers = range(len(site.mlps(hf_model)))
+        if isinstance(site, sites.Tower):
+            # A projector attends to nothing, and scores 0 there.
+            silent = self.site != "projector" and not any(map(site.attention_points, layers))
+        else:
+            silent = bool(unreadable(model))
+        if silent:
+            raise RuntimeError(NO_ROTATED)
         hooks: list[Hook] = []
         for layer in layers:
             if isinstance(site, sites.Tower):

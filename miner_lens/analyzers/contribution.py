@@ -33,7 +33,8 @@ class ContributionAnalyzer(Analyzer[ImportanceScores]):
     - `contribution_at`: the mean of X at the modality's own tokens, times that product.
 
     Neither sees what later layers make of what is written, nor the final norm, nor what the up
-    projection multiplies X by (arXiv 2311.07470; all three as published). The answer is the first
+    projection multiplies X by (arXiv 2311.07470; all three as published), nor the router's weight
+    of an expert. The answer is the first
     token of the sample's first one.
 
     Args:
@@ -125,7 +126,7 @@ class ContributionAnalyzer(Analyzer[ImportanceScores]):
     def _favours(self, layer: int, batch: Batch) -> Tensor:
         """[sample neuron], how much each neuron's output direction favours the sample's answer."""
         wanted = batch.once(("answers", self.centred), lambda: self._answers(batch))
-        weight = self._downs[layer].weight.detach()
+        weight = self._downs[layer].weight.detach().flatten(1)
         favours: Tensor = wanted.to(weight.device) @ weight.float()
         return favours
 

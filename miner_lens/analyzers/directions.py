@@ -21,7 +21,8 @@ Word = tuple[str, float]
 def output_direction(model: Any, layer: int, neuron: int) -> Float[Tensor, " d_model"]:
     """What a decoder neuron adds to the residual stream when X times the up projection is 1.
 
-    It is the neuron's column of the down projection, in float32.
+    It is the neuron's column of the down projection, in float32; of an expert's neuron, what it
+    adds before the router's weight.
 
     Raises:
         ValueError: There is no such neuron, or the weights cannot be read.
@@ -110,4 +111,5 @@ def _down_weights(model: Any) -> Sequence[Float[Tensor, "d_model neuron"]]:
                 "Output directions are read off the weights of the down projections, which are "
                 "quantized or offloaded here. Load the model whole, in a floating dtype."
             )
-    return [part.weight.detach() for part in downs]
+    # The experts of a layer have one direction after the other.
+    return [part.weight.detach().flatten(1) for part in downs]

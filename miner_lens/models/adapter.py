@@ -187,7 +187,9 @@ def decoder_parts(hf_model: Any) -> dict[str, str]:
 
 def _block_parts(block: Any) -> tuple[str, dict[str, str]]:
     """The name of a layer's attention, and those of its norms."""
-    attention, below = attention_name(block), children(block)
+    below = children(block)
+    # Attention that is not by transformers' interface is found by its name, and runs as it is.
+    attention = attention_name(block) or next((n for n in below if _is_attention(n)), None)
     norms = SANDWICHED if "pre_feedforward_layernorm" in below else NORMS
     if attention is None or not {*norms, "mlp"} <= below.keys():
         raise ValueError(
@@ -195,6 +197,10 @@ def _block_parts(block: Any) -> tuple[str, dict[str, str]]:
             f"known, but {', '.join(below)}."
         )
     return attention, norms
+
+
+def _is_attention(name: str) -> bool:
+    return "att" in name and "norm" not in name
 
 
 class TowerBlock(GeneralizedComponent):  # type: ignore[misc]

@@ -59,7 +59,15 @@ def tower_attentions(bridge: Any) -> list[Any]:
 
 def rebuilt(attentions: list[Any]) -> list[Any]:
     """Those that TransformerLens computes itself, instead of keeping Hugging Face's own."""
-    return [bridge for bridge in attentions if _config(bridge) is None]
+    return [bridge for bridge in attentions if not _is_native(bridge)]
+
+
+def unreadable(bridge: Any) -> list[Any]:
+    """Attentions of the decoder that neither Hugging Face's interface nor TransformerLens computes.
+
+    Nothing fires their hook points of queries and keys.
+    """
+    return [one for one in attentions_of(bridge) if _is_native(one) and _config(one) is None]
 
 
 def scale_of(attention: Any) -> float | None:
@@ -145,13 +153,18 @@ def _delegates(component: Any) -> bool:
     return own and hasattr(config, "_attn_implementation")
 
 
-def _config(bridge: Any) -> Any:
-    """The config of an attention that Hugging Face computes, or None."""
+def _is_native(bridge: Any) -> bool:
+    """Whether TransformerLens leaves an attention to the model."""
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     # Subclasses that rebuild attention set maintain_native_attention as well.
     native = getattr(type(bridge), "forward", None) is AttentionBridge.forward
-    if not (native and bridge.maintain_native_attention):
+    return native and bool(bridge.maintain_native_attention)
+
+
+def _config(bridge: Any) -> Any:
+    """The config of an attention that Hugging Face's interface computes, or None."""
+    if not _is_native(bridge):
         return None
     return getattr(bridge.original_component, "config", None)
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.modality import layout_for
 from miner_lens.models.structure import ACTIVATION_NAMES, part, walk
@@ -137,6 +138,8 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
     for config, before, after in _attention_names.pop(hf_model, ()):
         if config._attn_implementation == after:  # or somebody has set another since
             config._attn_implementation = before
+    for block in bridge.blocks:
+        experts.uninstall(block._modules.get("mlp"))
     for seen in _watching(hf_model):
         seen.stop()
     for path, name in _added.pop(hf_model, ()):
@@ -173,8 +176,8 @@ def _configs(hf_model: nn.Module) -> list[Any]:
 def prepare(bridge: Any) -> Any:
     """Give any `TransformerBridge` the hook points that mining needs.
 
-    These are `blocks.{i}.mlp.act.hook_out` on every gated MLP and live `hook_rot_q` and
-    `hook_rot_k`. Idempotent, and changes no output. Plain Hugging Face models pass unchanged.
+    These are `blocks.{i}.mlp.act.hook_out` on every gated MLP and on experts, and live `hook_rot_q`
+    and `hook_rot_k`. Idempotent, and changes no output. Plain Hugging Face models pass unchanged.
 
     Raises:
         ValueError: The model was taken out of this bridge.
@@ -191,7 +194,8 @@ def prepare(bridge: Any) -> Any:
     from miner_lens.models.opening import open_towers
 
     blocks = list(bridge.blocks)
-    added = [_attach_activation(block.mlp) for block in blocks if "mlp" in block._modules]
+    mlps = [block.mlp for block in blocks if "mlp" in block._modules]
+    added = [_attach_activation(mlp) or _attach_experts(mlp) for mlp in mlps]
     opened = open_towers(bridge, hf_model)
     attention.install(bridge)
     if opened or any(added):
@@ -311,6 +315,18 @@ def _attach_activation(mlp: Any) -> bool:
             mlp.real_components["act"] = (name, component)
             return True
     return False
+
+
+def _attach_experts(mlp: Any) -> bool:
+    """Have X of a layer's experts pass through a hooked `act` component."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    if "act" in mlp._modules or experts.experts_of(mlp) is None:
+        return False
+    component = GeneralizedComponent(name="experts")
+    component.set_original_component(experts.ExpertNeurons())
+    mlp.add_module("act", component)
+    return experts.install(mlp, component)
 
 
 def has_adapter(architecture: str) -> bool:

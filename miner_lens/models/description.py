@@ -9,9 +9,11 @@ from typing import Any
 from miner_lens.models import attention
 from miner_lens.models.access import layout
 from miner_lens.models.bridge import prepared_bridge
+from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.inside import hf_model_of, model_name
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.sites import Decoder, Site, Tower, sites
+from miner_lens.models.structure import walk
 
 NO_ATTENTION = (
     "{site}: queries and keys after RoPE cannot be read, so attn_k and attn_q cannot be scored. "
@@ -30,6 +32,7 @@ class SiteDescription:
         modalities: What occurs there.
         x: TransformerLens hook point of X, `{i}` being the layer.
         attention: Hook points of queries and keys after RoPE; none where there is no attention.
+        experts: How many experts share a layer's neurons, one after the other; None without any.
     """
 
     name: str
@@ -38,6 +41,7 @@ class SiteDescription:
     modalities: tuple[str, ...]
     x: str
     attention: tuple[str, ...]
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,16 @@ class ModelDescription:
     def details(self) -> tuple[str, ...]:
         """Lines that say where to read and what is missing."""
         hooks = [f"{site.name}: {', '.join((site.x, *site.attention))}" for site in self.sites]
+        shared = [
+            f"{site.name}: {site.experts} experts of {site.neurons // site.experts} neurons each"
+            for site in self.sites
+            if site.experts
+        ]
         tokens = ", ".join(f"{medium} {token}" for medium, token in self.media.items())
         return (
             f"adapter: {self.adapter}",
             *hooks,
+            *shared,
             f"placeholders: {tokens or 'none'}; delimiters: {self.delimiters} tokens",
             *(f"missing: {one}" for one in self.missing),
         )
@@ -97,11 +107,13 @@ def describe(model: Any) -> ModelDescription:
         known = None
         missing.append(f"modalities: {error}")
     media = dict(known.media) if known else media_tokens(hf_model.config)
-    found = []
+    found, there = [], set(bridge.hook_dict)
+    if attention.unreadable(bridge):
+        there -= {point for n in range(len(bridge.blocks)) for point in Decoder().rotated_points(n)}
     for place in sites(hf_model).values():
         modalities = ("text", "special", *media) if place.name == "llm" else ()
         try:
-            found.append(_described(place, hf_model, set(bridge.hook_dict), modalities))
+            found.append(_described(place, hf_model, there, modalities))
         except ValueError as error:
             missing.append(f"{place.name}: {error}")
     missing += _missing(bridge, {site.name: site for site in found}, media)
@@ -131,8 +143,11 @@ def _described(
             "nor switched off"
         )
     attends = tuple(_any_layer(point) for point in points if point in there)
-    neurons = mlps[0].down.in_features
-    return SiteDescription(place.name, len(mlps), neurons, modalities, _any_layer(x), attends)
+    down = mlps[0].down
+    experts = down.count if isinstance(down, ExpertProjection) else None
+    return SiteDescription(
+        place.name, len(mlps), down.in_features, modalities, _any_layer(x), attends, experts
+    )
 
 
 def _any_layer(point: str) -> str:
@@ -153,6 +168,8 @@ def _missing(
     for name, site in found.items():
         if name != "projector" and not site.attention:
             yield NO_ATTENTION.format(site=name)
+    if any("shared_expert" in name for name, _ in walk(hf_model_of(bridge).get_decoder())):
+        yield "llm: shared experts, which see every token; only neurons of routed ones are counted."
     if attention.rebuilt(attention.attentions_of(bridge)):
         yield (
             "llm: TransformerLens rebuilds attention, so logits equal Hugging Face's up to "

@@ -16,6 +16,7 @@ from miner_lens.data.sample import Message
 from miner_lens.models import attention
 from miner_lens.models.access import layout, mlps
 from miner_lens.models.bridge import unwrap, wrap
+from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.generation import Inputs, prepare_inputs
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 from miner_lens.models.points import Point, activation_points
@@ -163,7 +164,10 @@ class _Checks:
         before = _logits(self.hf_model, self.batch)
         with self.bridge.hooks(fwd_hooks=off):
             written = _logits(self.hf_model, self.batch)
-        handle = mlp.down.register_forward_pre_hook(lambda _, args: (args[0] * 0, *args[1:]))
+        if isinstance(mlp.down, ExpertProjection):
+            handle = mlp.down.experts.register_forward_hook(lambda _, __, written: written * 0)
+        else:
+            handle = mlp.down.register_forward_pre_hook(lambda _, args: (args[0] * 0, *args[1:]))
         try:
             cut = _logits(self.hf_model, self.batch)
         finally:

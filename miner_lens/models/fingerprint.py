@@ -54,6 +54,10 @@ def quantization(hf_model: Any) -> str | None:
         if not (weight.is_meta or _readable(weight)):
             plain = type(weight) in (Tensor, nn.Parameter)
             return str(weight.dtype if plain else type(weight.data).__name__)
+    for module in hf_model.modules():
+        # Torch's own and others pack weights into what is no parameter.
+        if hasattr(module, "in_features") and next(module.parameters(), None) is None:
+            return str(_inside(module)._get_name())
     return None
 
 

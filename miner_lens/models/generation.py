@@ -79,7 +79,8 @@ def render(
             # Such as a text that spells out more placeholders than there are media, or what a chat
             # template refuses.
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
-    return dict(batch)
+    # PaliGemma's processor adds labels, for training.
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _videos(opened: Sequence[Sequence[Message]]) -> dict[str, Any]:

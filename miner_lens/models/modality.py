@@ -100,17 +100,19 @@ def parts_of(masks: Masks) -> list[tuple[int, ...]]:
 
 
 def media_tokens(config: Any) -> dict[str, int]:
-    """The placeholder token of each medium, as a model's config names it.
+    """The placeholder token of each medium, as a model's config names it, or that of an encoder.
 
     Example:
         >>> from types import SimpleNamespace
         >>> media_tokens(SimpleNamespace(image_token_id=9, audio_token_index=8))
         {'image': 9, 'audio': 8}
     """
+    configs = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]
     found = {}
     for medium in MEDIA:
         names = (f"{medium}_token_id", f"{medium}_token_index")
-        token = next((t for n in names if isinstance(t := getattr(config, n, None), int)), None)
+        tokens = (getattr(one, name, None) for one in configs for name in names)
+        token = next((token for token in tokens if isinstance(token, int)), None)
         if token is not None:
             found[medium] = token
     return found

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from miner_lens.models.experts import expert_mlp, experts_of
 from miner_lens.models.identity import SITES
 from miner_lens.models.items import MEDIA_INPUTS, Items, Rows, items_of, owners, rows_of_call
 from miner_lens.models.modality import media_tokens
@@ -167,16 +168,17 @@ def _held(hf_model: Any, path: str) -> Any:
 
 
 class Decoder(Site):
-    """The language model's gated MLPs."""
+    """The language model's gated MLPs, or its experts; see `miner_lens.models.experts`."""
 
     name = "llm"
 
     def mlps(self, hf_model: Any) -> list[MLP]:
-        """The decoder's gated MLPs.
+        """The decoder's gated MLPs; the experts of a layer are one.
 
         Raises:
-            ValueError: A layer has no gated MLP, or its weights were folded by compatibility mode,
-                which computes the MLP without its activation module.
+            ValueError: A layer has no gated MLP, layers have different numbers of neurons, or
+                weights were folded by compatibility mode, which computes the MLP without its
+                activation module.
         """
         if not hasattr(hf_model, "get_decoder"):
             raise ValueError(
@@ -186,7 +188,17 @@ class Decoder(Site):
         decoder = hf_model.get_decoder()
         # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
         layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
-        return [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
+        found = [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
+        sizes = [mlp.down.in_features for mlp in found]
+        other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"Layer 0 of {type(hf_model).__name__} has {sizes[0]} neurons and layer {other} "
+                f"has {sizes[other]}, as where some layers have experts and others have none. "
+                "Neurons are counted as layers x neurons, so all layers of a site must have "
+                "equally many."
+            )
+        return found
 
     def activation_point(self, layer: int) -> str:
         """TransformerLens hook point of a layer's X."""
@@ -199,10 +211,17 @@ class Decoder(Site):
 
 def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
     mlp: Any = getattr(layer, "mlp", None)
+    if experts_of(mlp) is not None:
+        return expert_mlp(mlp)
     activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
     gate = next((getattr(mlp, name) for name in GATES if hasattr(mlp, name)), None)
     if gate is None or not hasattr(mlp, "down_proj") or activation is None:
-        what = "experts, which share its tokens" if hasattr(mlp, "experts") else type(mlp).__name__
+        what = type(mlp).__name__
+        if hasattr(mlp, "experts"):
+            what = (
+                "experts that transformers' experts interface does not compute with a gate and an "
+                "activation module"
+            )
         raise ValueError(
             f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "
             f"down_proj and an activation), but {what}. Neurons are defined as "

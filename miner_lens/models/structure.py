@@ -73,7 +73,8 @@ class Stack:
         module: The name of the module that is called once for all items of a medium.
         modalities: The media that pass through it.
         layers: Its layers that have neurons.
-        blocks: The name of the list of its layers; None for a single MLP.
+        blocks: The name of the list of its layers; None for a single MLP, and for several that
+            stand in different places.
     """
 
     site: str
@@ -215,14 +216,18 @@ def _stacks(hf_model: Any) -> Iterator[Stack]:
 
 
 def _blocks(tower: Any, path: str) -> tuple[tuple[Layer, ...], str] | None:
-    """The layers of the first list of blocks that have MLPs, and the list's name."""
-    for name, module in walk(tower, path):
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        layers = _blocks_of(module, name)
-        if layers and layers[0].attention is not None:
-            return layers, name
-    return None
+    """The layers of a list of blocks that have MLPs, and the list's name.
+
+    Of several it is the first with attention; or else, as attention may be outside transformers'
+    interface, the first.
+    """
+    found = [
+        (layers, name)
+        for name, module in walk(tower, path)
+        if isinstance(module, nn.ModuleList) and (layers := _blocks_of(module, name))
+    ]
+    attends = [one for one in found if one[0][0].attention is not None]
+    return next(iter(attends or found), None)
 
 
 def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[Stack]:
@@ -236,12 +241,31 @@ def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[St
         if isinstance(module, nn.ModuleList):
             if within is None:
                 blocks, layers = path, _blocks_of(module, path)
-        elif (names := mlp_names(module)) is not None:
-            activation, before, down = (joined(path, name) for name in names)
-            layers = (Layer(activation, before, down),)
+        elif mlp_names(module) is not None:
+            alike = (one for one in _alike(hf_model, decoder, module) if one != path)
+            layers = tuple(_layer_at(hf_model, one) for one in (path, *alike))
         if layers:
             yield Stack("projector", _whole(hf_model, path, others), media, layers, blocks)
             return
+
+
+def _alike(hf_model: Any, decoder: Any, module: Any) -> Iterator[str]:
+    """Names of modules of the same kind in lists outside the decoder.
+
+    Qwen3-VL's DeepStack merges what some blocks of the tower make as its projector does, and hands
+    it to the decoder's first layers.
+    """
+    for path, outside in _outside(hf_model, decoder):
+        if isinstance(outside, nn.ModuleList):
+            for name, child in children(outside).items():
+                if type(child) is type(module):
+                    yield joined(path, name)
+
+
+def _layer_at(hf_model: Any, path: str) -> Layer:
+    names = mlp_names(part(hf_model, path)) or ()
+    activation, before, down = (joined(path, name) for name in names)
+    return Layer(activation, before, down)
 
 
 def _blocks_of(blocks: nn.ModuleList, path: str) -> tuple[Layer, ...]:

@@ -17,6 +17,7 @@ from miner_lens.models import sites
 from miner_lens.models.access import identity, layout, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
 from miner_lens.models.devices import offloaded_weights
+from miner_lens.models.experts import ExpertProjection, passing
 from miner_lens.models.hook import ContextHook
 from miner_lens.models.inside import (
     bare,
@@ -72,14 +73,16 @@ def ablate(
         neurons: The neurons, or what `select` returns, which means all of them.
         value: `"zero"`, a number, `"min"` (the smallest X of the layer in the same pass, over
             the sample's real tokens; in a tower, over the same image, video or clip) or `"mean"`
-            (each neuron's mean when it was mined).
+            (each neuron's mean when it was mined; not of experts, whose neurons are written at the
+            tokens that the router sends them).
         at: Only at the tokens of this modality; default everywhere. In a tower, where only its
             own medium occurs, leave it out.
         complement: Ablate every neuron of the site but these.
 
     Raises:
-        ValueError: The neurons are another model's, carry no means for `"mean"` or several, the
-            model has no such modality, or its weights are on the meta device and not offloaded.
+        ValueError: The neurons are another model's, carry no means for `"mean"` or several, or are
+            experts' and it is asked for, the model has no such modality, or its weights are on the
+            meta device and not offloaded.
 
     Example:
         with ml.ablate(model, msns["image"]):
@@ -88,8 +91,10 @@ def ablate(
     write = _Write(check_neurons(model, neurons), value, at, complement)
     tokens = _tokens(model, write)
     layers, hf_model = mlps(model, write.site), hf_model_of(model)
+    write.check(layers)
     hooks = ContextHooks()
     with ExitStack() as open_:
+        open_.enter_context(passing(layers))
         open_.enter_context(uncompiled())
         open_.enter_context(noted(hf_model, write.described()))
         open_.callback(tokens.stop)
@@ -136,8 +141,10 @@ def ablation_hooks(
         )
     seen = pass_inputs(model)
     place = sites.find(hf_model_of(model), write.site)
+    layers = mlps(model, write.site)
+    write.check(layers)
     hooks: list[Hook] = []
-    for layer, target in write.targets(mlps(model, write.site), hf_model_of(model)).items():
+    for layer, target in write.targets(layers, hf_model_of(model)).items():
         hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
     return hooks
 
@@ -300,6 +307,19 @@ class _Write:
         self.value = value
         self.at = at
 
+    def check(self, layers: list[MLP]) -> None:
+        """Refuse the mean of experts.
+
+        Raises:
+            ValueError: As said.
+        """
+        if self.means is not None and any(isinstance(m.down, ExpertProjection) for m in layers):
+            raise ValueError(
+                "value='mean' is not defined for neurons of experts: the mined mean counts tokens "
+                "that the router does not send to an expert as 0, and only at the others can it "
+                "be written. Give a number, 'zero' or 'min'."
+            )
+
     def described(self) -> Any:
         """What it does, as JSON can hold it."""
         where = {"site": self.site, "at": self.at, "neurons": self.neurons.by_layer()}
@@ -321,16 +341,17 @@ class _Write:
                 index = _others(index, self.neurons.neurons)
             elif means is not None:
                 means = means[index]
-            weight = next(layers[layer].before.parameters())
-            device = weight.device
-            if device.type == "meta":
-                if id(weight) not in offloaded:
-                    raise ValueError(
-                        f"The weights of layer {layer} are on the meta device, where nothing is "
-                        "computed, so there is nothing to ablate. Load the model with its weights."
-                    )
-                # Offloaded weights lie elsewhere than the layer computes; `__call__` sees where.
-                device = index.device
+            weight = next(iter(layers[layer].before.parameters()), None)
+            # Packed weights are no parameters, and offloaded ones lie elsewhere than the layer
+            # computes; `__call__` sees where.
+            device = index.device
+            if weight is not None and weight.device.type != "meta":
+                device = weight.device
+            elif weight is not None and id(weight) not in offloaded:
+                raise ValueError(
+                    f"The weights of layer {layer} are on the meta device, where nothing is "
+                    "computed, so there is nothing to ablate. Load the model with its weights."
+                )
             if means is not None:
                 means = means.to(device)
             targets[layer] = _Target(index.to(device), others, means)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from miner_lens.models.access import mlps
 from miner_lens.models.card import card, code
+from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.fingerprint import quantization
 from miner_lens.models.inside import hf_model_of, model_name, processor_of
 from miner_lens.neurons.ablation import Neurons, check_neurons
@@ -56,8 +57,13 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
     names = {id(module): name for name, module in baked.named_modules()}
     layers = mlps(baked, chosen.site)
     for layer, index in chosen.by_layer().items():
-        down = names[id(layers[layer].down)] + ".weight"
-        weights[down] = weights[down].index_fill(1, index.to(weights[down].device), 0)
+        down = layers[layer].down
+        if isinstance(down, ExpertProjection):
+            name = f"{names[id(down.experts)]}.{down.name}"
+            weights[name] = down.without(weights[name], index)
+        else:
+            name = names[id(down)] + ".weight"
+            weights[name] = weights[name].index_fill(1, index.to(weights[name].device), 0)
     baked.load_state_dict(weights, assign=True)
     baked.tie_weights()
     baked.generation_config = copy.deepcopy(hf_model.generation_config)

@@ -1,4 +1,4 @@
-"""Sixteen families of models, each read off itself and held against plain Hugging Face."""
+"""Seventeen families of models, each read off itself and held against plain Hugging Face."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def logits(model: Any, inputs: Inputs) -> Tensor:
 
 
 def layers(model: Any, part: Part) -> list[nn.Module]:
-    return [model] if part.layers is None else list(model.get_submodule(part.layers))
+    if isinstance(part.layers, str):
+        return list(model.get_submodule(part.layers))
+    return [model.get_submodule(name) for name in part.layers or ("",)]
 
 
 class Spy:

@@ -16,6 +16,7 @@ import miner_lens as ml
 from miner_lens.models.access import identity
 from miner_lens.models.fingerprint import VERSION
 from miner_lens.models.identity import ModelIdentity
+from tests.quantized import by_bitsandbytes, by_quanto, by_torch, by_torchao
 from tests.towers import vision_inputs, vision_model
 
 
@@ -88,22 +89,15 @@ def test_quantized_models_are_compared_by_shape() -> None:
     before.check(found)
 
 
-def by_torchao(model: Any) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+QUANTIZE = [by_torch, by_torchao, by_quanto, by_bitsandbytes]
 
 
-def by_quanto(model: Any) -> None:
-    quanto = pytest.importorskip("optimum.quanto")
-    quanto.quantize(model, weights=quanto.qint8)
-    quanto.freeze(model)
-
-
-@pytest.mark.parametrize("quantize", [by_torchao, by_quanto])
-def test_quantized_models_are_ablated_and_mined(quantize: Callable[[Any], None]) -> None:
-    model, inputs = vision_model(), vision_inputs()
-    neurons = ml.NeuronSet.of([(0, 3), (1, 40)], model)
-    quantize(model)
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_quantized_models_are_ablated_and_mined(quantize: Callable[[Any], Any]) -> None:
+    inputs = vision_inputs()
+    neurons = ml.NeuronSet.of([(0, 3), (1, 40)], vision_model())
+    model = quantize(vision_model())
     assert identity(model).fingerprint is None
     with torch.no_grad():
         intact = model(**inputs).logits
@@ -116,7 +110,8 @@ def test_quantized_models_are_ablated_and_mined(quantize: Callable[[Any], None])
         with ml.ablate(bridge, neurons):
             assert torch.equal(bridge.original_model(**inputs).logits, ablated)
     masks = {"text": inputs["input_ids"] > 0}
-    assert ml.mine(bridge, [(inputs, masks)], progress=False).values.any()
+    for site in ("llm", "vision"):
+        assert ml.mine(bridge, [(inputs, masks)], progress=False, site=site).values.any()
 
 
 def adapted(target: str, trained: bool = True) -> Any:

@@ -6,12 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import gelu, silu
-from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import miner_lens as ml
 from miner_lens.models import sites
+from miner_lens.models.access import layout
 from miner_lens.models.description import describe
+from miner_lens.models.structure import plain
 from tests import towers
 from tests.models.test_families import logits
 from tests.parts import FAMILIES
@@ -81,6 +91,63 @@ def test_fused_gate_and_up(phi: Any) -> None:
     assert not torch.allclose(intact, ablated)
 
 
+class Outside(nn.Module):
+    """Attention that transformers' interface does not compute: each token takes in those before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        count = torch.arange(1, 1 + hidden_states.shape[-2])[:, None]
+        return self.mix(hidden_states.cumsum(-2) / count), None
+
+
+class OutsideForCausalLM(LlamaForCausalLM):
+    """A model that TransformerLens has no adapter for."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn = Outside(config.hidden_size)
+
+
+def test_a_decoder_with_attention_outside_the_interface() -> None:
+    torch.manual_seed(0)
+    model = OutsideForCausalLM(LlamaConfig(**TEXT)).eval()
+    before = logits(model, IDS)
+    bridge = ml.wrap(model)
+    assert torch.equal(logits(bridge, IDS), before)
+    with pytest.raises(RuntimeError, match="queries and keys after RoPE cannot be read"):
+        ml.mine(bridge, TEXTS, progress=False)
+    scores = ml.mine(bridge, TEXTS, metrics=("prob", "mean", "max"), progress=False)
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        plain(layer.mlp).act_fn.register_forward_hook(lambda m, a, x: seen.append(x[0].mean(0)))
+    logits(model, IDS)
+    torch.testing.assert_close(scores.means[0], torch.stack(seen), atol=1e-6, rtol=0)
+    with ml.ablate(bridge, ml.NeuronSet([(0, 3), (1, 5)], layers=2, neurons=48)):
+        assert not torch.allclose(logits(bridge, IDS), before)
+    found = str(describe(bridge))
+    assert "missing: llm: queries and keys after RoPE cannot be read" in found
+    assert "rebuilds" not in found
+
+
+def test_a_tower_with_attention_outside_the_interface() -> None:
+    model, inputs = FAMILIES["internvl"].make()
+    for layer in model.model.vision_tower.encoder.layer:
+        layer.attention = Outside(20)
+    bridge = ml.wrap(model)
+    data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
+    with pytest.raises(RuntimeError, match="queries and keys after RoPE cannot be read"):
+        ml.mine(bridge, data, site="vision", progress=False)
+    metrics = ("prob", "mean", "max")
+    scores = ml.mine(bridge, data, site="vision", metrics=metrics, progress=False)
+    assert scores.values.amax() == pytest.approx(2 / 3)  # one sample of three has no image
+    assert ml.mine(bridge, data, site="projector", progress=False).values.any()
+    assert "missing: vision: queries and keys after RoPE cannot be read" in str(describe(bridge))
+
+
 def test_a_decoder_without_hookable_activations() -> None:
     model, inputs = towers.vision_model(), towers.vision_inputs()
     for layer in model.model.language_model.layers:
@@ -109,17 +176,23 @@ def test_a_tower_without_hookable_activations() -> None:
         ml.mine(bridge, TEXTS, site="vision", progress=False)
 
 
-def test_experts() -> None:
-    config = MixtralConfig(**TEXT, num_local_experts=2)
-    bridge = ml.wrap(MixtralForCausalLM(config).eval())
-    with pytest.raises(ValueError, match=r"no gated MLP .* but experts"):
+def test_experts_without_hookable_activations() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+    for layer in model.model.layers:
+        del layer.mlp.experts.act_fn
+        layer.mlp.experts.act_fn = silu
+    bridge = ml.wrap(model)
+    with pytest.raises(ValueError, match=r"no gated MLP .* but experts that transformers'"):
         ml.mine(bridge, TEXTS, progress=False)
+    assert "missing: llm: Layer 0" in str(describe(bridge))
 
 
 def test_an_unknown_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = ml.wrap(towers.vision_model())
     monkeypatch.setattr("miner_lens.models.modality.media_tokens", lambda config: {})
     assert "missing: modalities: No modality layout is known" in str(describe(bridge))
+    with pytest.raises(ValueError, match=r"No modality layout is known for Qwen2VL.*prepared"):
+        layout(bridge)
     inputs = towers.vision_inputs()
     data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
     assert ml.mine(bridge, data, progress=False).values.any()

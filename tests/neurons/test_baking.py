@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import miner_lens as ml
 from miner_lens.models import access as models
 from tests.analyzers.test_reference_model import logits, model_inputs
+from tests.quantized import by_bitsandbytes, by_quanto, by_torch, by_torchao
 from tests.reference import load
 from tests.towers import vision_inputs, vision_model
 
@@ -141,37 +142,25 @@ def test_adapters_that_are_no_weights(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def by_torchao() -> Any:
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model := vision_model(), quantization.Int8WeightOnlyConfig())
-    return model
-
-
-def by_quanto() -> Any:
-    quanto = pytest.importorskip("optimum.quanto")
-    quanto.quantize(model := vision_model(), weights=quanto.qint8)
-    quanto.freeze(model)
-    return model
-
-
-def by_config() -> Any:
-    model = vision_model()
+def by_config(model: Any) -> Any:
     model.config.quantization_config = {"quant_method": "gptq"}
     return model
 
 
-def by_dtype() -> Any:
-    model = vision_model()
+def by_dtype(model: Any) -> Any:
     down = model.get_decoder().layers[1].mlp.down_proj
     down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
     return model
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @pytest.mark.parametrize(
     ("quantized", "method"),
     [
+        (by_torch, "DynamicQuantizedLinear"),
         (by_torchao, "Int8Tensor"),
         (by_quanto, "WeightQBytesTensor"),
+        (by_bitsandbytes, "bitsandbytes"),
         (by_config, "gptq"),
         (by_dtype, "torch.int8"),
     ],
@@ -179,7 +168,7 @@ def by_dtype() -> Any:
 def test_quantized_weights_are_refused(quantized: Any, method: str, tmp_path: Path) -> None:
     neurons = ml.NeuronSet([(0, 1)], layers=2, neurons=48)
     with pytest.raises(ValueError, match=rf"quantized weights \({method}\).*use ml.ablate"):
-        ml.bake(quantized(), neurons, tmp_path / "baked")
+        ml.bake(quantized(vision_model()), neurons, tmp_path / "baked")
     assert not list(tmp_path.iterdir())
 
 

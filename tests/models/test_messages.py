@@ -1,0 +1,237 @@
+"""From messages with media to scores and answers, by processors made here, without a hub."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    GotOcr2ImageProcessor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2_5OmniProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SiglipImageProcessor,
+    WhisperFeatureExtractor,
+)
+
+import miner_lens as ml
+from miner_lens.models import access
+from tests.families import PATCH, SIDE
+from tests.models.test_experts import qwen3_vl_moe
+from tests.models.test_families import of_decoder
+from tests.parts import FAMILIES
+from tests.towers import AUDIO, IMAGE
+
+pytestmark = pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits, *" ?.\n"]
+MEDIA = ["<image>", "<video>", "<start>", "<end>", "<audio>", "<audio_start>", "<audio_end>"]
+SQUARE = {"height": SIDE, "width": SIDE}
+GRID: dict[str, Any] = {"patch_size": 2, "temporal_patch_size": 2, "merge_size": 2}
+GRID |= {"min_pixels": 4 * 4, "max_pixels": 16 * 16}
+TEMPLATE = """{% for message in messages %}<s>{% for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- elif part.type == 'audio' %}<audio_start><audio><audio_end>
+{%- else %}IMAGE{% endif %}
+{%- endfor %}</s>{% endfor %}"""
+
+
+def tokenizer(**tokens: str) -> Any:
+    """One token for each character, with the placeholders of the tiny models."""
+    unused = [f"<{number}>" for number in range(len(WORDS), IMAGE)]
+    vocabulary = {token: number for number, token in enumerate([*WORDS, *unused, *MEDIA])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    characters.add_special_tokens([*WORDS[:4], *MEDIA])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=tokens,
+    )
+
+
+def llava() -> Any:
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE),
+        tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # of the class
+    )
+
+
+def gemma3() -> Any:
+    tokens = {"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"}
+    return Gemma3Processor(
+        Gemma3ImageProcessor(size=SQUARE), tokenizer(**tokens), image_seq_length=4
+    )
+
+
+def paligemma() -> Any:
+    images = SiglipImageProcessor(size=SQUARE)
+    images.image_seq_length = 4
+    return PaliGemmaProcessor(images, tokenizer(image_token="<image>"))
+
+
+def internvl() -> Any:
+    tokens = {"context_image_token": "<image>", "video_token": "<video>"}
+    tokens |= {"start_image_token": "<start>", "end_image_token": "<end>"}
+    images = GotOcr2ImageProcessor(size=SQUARE)
+    videos = InternVLVideoProcessor(size=SQUARE)
+    return InternVLProcessor(images, tokenizer(**tokens), videos, image_seq_length=1)
+
+
+def mistral3() -> Any:
+    return PixtralProcessor(
+        PixtralImageProcessor(patch_size=PATCH, size={"longest_edge": 16}),
+        tokenizer(),
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        image_token="<image>",
+        image_break_token="<start>",
+        image_end_token="<end>",
+    )
+
+
+def qwen(processor: Any, videos: Any, **tokens: str) -> Any:
+    tokens |= {"image_token": "<image>", "video_token": "<video>"}
+    tokens |= {"vision_start_token": "<start>", "vision_end_token": "<end>"}
+    return processor(Qwen2VLImageProcessor(**GRID), tokenizer(**tokens), videos(**GRID))
+
+
+def qwen2_5_vl() -> Any:
+    return qwen(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
+
+
+def qwen3_vl() -> Any:
+    return qwen(Qwen3VLProcessor, Qwen3VLVideoProcessor)
+
+
+def qwen2_5_omni() -> Any:
+    tokens = {"image_token": "<image>", "video_token": "<video>", "audio_token": "<audio>"}
+    tokens |= {"vision_bos_token": "<start>", "vision_eos_token": "<end>"}
+    tokens |= {"audio_bos_token": "<audio_start>", "audio_eos_token": "<audio_end>"}
+    return Qwen2_5OmniProcessor(
+        Qwen2VLImageProcessor(**GRID),
+        Qwen2VLVideoProcessor(**GRID),
+        WhisperFeatureExtractor(feature_size=8, chunk_length=2),
+        tokenizer(**tokens),
+    )
+
+
+FRAMED = "<start><image><end>"
+# A processor for each family, how its chat template writes an image, and how many placeholders it
+# makes of a picture of 64 x 64 pixels.
+MADE: dict[str, tuple[Callable[[], Any], str, int]] = {
+    "llava": (llava, "<image>", 4),
+    "gemma3": (gemma3, "<start>", 4),
+    "paligemma": (paligemma, "<image>", 4),
+    "internvl": (internvl, "<image>", 10),  # nine tiles, and the whole
+    "mistral3": (mistral3, "<image>", 4),
+    "qwen2_5_vl": (qwen2_5_vl, FRAMED, 16),
+    "qwen3_vl": (qwen3_vl, FRAMED, 16),
+    "qwen2_5_omni": (qwen2_5_omni, FRAMED, 16),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_messages(name: str, tmp_path: Path) -> None:
+    make, image, count = MADE[name]
+    plain, _ = FAMILIES[name].make()
+    bridge = loaded(plain, make(), image, tmp_path)
+    processor = bridge.processor
+    messages = [{"role": "user", "content": question(name == "qwen2_5_omni")}]
+    inputs = dict(
+        processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    )
+    inputs.pop("labels", None)
+    assert int((inputs["input_ids"] == IMAGE).sum()) == count
+
+    scores = ml.mine(bridge, [ml.Sample(messages)], progress=False)
+    real = inputs["attention_mask"].bool()
+    masks = access.layout(bridge).masks(inputs["input_ids"], real)
+    case: Any = SimpleNamespace(
+        untouched=plain, inputs=inputs, parts=FAMILIES[name].parts, real=real
+    )
+    torch.testing.assert_close(scores.values, of_decoder(case, masks), atol=1e-5, rtol=0)
+    assert scores.modalities == tuple(masks)
+    assert masks["special"].any()
+    assert masks["image"].any()
+    for site in set(FAMILIES[name].parts) - {"llm"}:
+        towers = ml.mine(bridge, [ml.Sample(messages)], progress=False, site=site)
+        assert towers.values.amax() == 1
+
+    with torch.no_grad():
+        tokens = plain.generate(**inputs, do_sample=False, max_new_tokens=4)
+    answer = processor.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert ml.generate(bridge, messages, 4) == answer[0]
+    report = ml.check_family(bridge, messages)
+    assert report.passed, report
+
+
+def loaded(plain: Any, processor: Any, image: str, folder: Path) -> Any:
+    """The model and its processor, from a folder."""
+    processor.chat_template = TEMPLATE.replace("IMAGE", image)
+    for part in (plain, processor):
+        part.save_pretrained(folder)
+    return ml.load(folder, device="cpu")
+
+
+def test_experts(tmp_path: Path) -> None:
+    plain, _ = qwen3_vl_moe()
+    bridge = loaded(plain, qwen3_vl(), FRAMED, tmp_path)
+    messages = [{"role": "user", "content": question(False)}]
+    report = ml.check_family(bridge, messages)
+    assert report.passed, report
+    scores = ml.mine(bridge, [ml.Sample(messages)], progress=False)
+    assert scores.values[:, scores.modalities.index("image")].any()
+    neurons = scores.select(0.1)["image"]
+    before = ml.generate(bridge, messages, 4)
+    with ml.ablate(bridge, ~neurons):
+        assert ml.generate(bridge, messages, 4) != before
+    assert ml.generate(bridge, messages, 4) == before
+
+
+def question(heard: bool) -> list[dict[str, Any]]:
+    pixels = np.arange(64 * 64 * 3).reshape(64, 64, 3) % 251
+    parts: list[dict[str, Any]] = [
+        {"type": "image", "image": Image.fromarray(pixels.astype(np.uint8))}
+    ]
+    if heard:
+        tone = np.sin(np.arange(16_000) * 0.2).astype(np.float32) / 2
+        parts.append({"type": "audio", "audio": tone, "sampling_rate": 16_000})
+    return [*parts, {"type": "text", "text": "what is this?"}]
+
+
+def test_placeholders_are_those_of_the_models() -> None:
+    ids = tokenizer().convert_tokens_to_ids(["<image>", "<audio>"])
+    assert ids == [IMAGE, AUDIO]
