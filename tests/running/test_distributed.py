@@ -19,7 +19,6 @@ import torch
 
 import miner_lens as ml
 from miner_lens import files, launchers
-from miner_lens.running import distributed
 from miner_lens.running.checkpoint import KIND
 from tests.running.test_checkpoint import ONE_THREAD, ROOT
 
@@ -83,7 +82,6 @@ def everywhere(world: int, work: Callable[[int], Any], folder: Path) -> list[Any
 
 def prepare(samples: int) -> tuple[Any, list[ml.Sample]]:
     torch.set_num_threads(1)
-    distributed.INTERVAL = 0.1
     return ml.load("shapes", device="cpu"), ml.datasets.load("easy-vqa", limit=samples, ask="both")
 
 
@@ -195,7 +193,7 @@ def ranks_die(folder: Path) -> None:
         os.kill(children[rank], number)
         begun = time.monotonic()
         told = finish(children, folder / "told")
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 120  # a rank that is done would wait for hours
         assert covered() >= before + more
         assert covered() < len(data), "it was killed too late to try anything"
         return told
