@@ -14,7 +14,7 @@ import miner_lens as ml
 from miner_lens.models import access as models
 from tests.analyzers.test_reference_model import logits, model_inputs
 from tests.reference import load
-from tests.towers import vision_inputs, vision_model
+from tests.towers import pack, vision_inputs, vision_model
 
 
 def some(model: Any) -> ml.NeuronSet:
@@ -154,6 +154,11 @@ def by_quanto() -> Any:
     return model
 
 
+def by_type() -> Any:
+    pack(model := vision_model())
+    return model
+
+
 def by_config() -> Any:
     model = vision_model()
     model.config.quantization_config = {"quant_method": "gptq"}
@@ -172,6 +177,7 @@ def by_dtype() -> Any:
     [
         (by_torchao, "Int8Tensor"),
         (by_quanto, "WeightQBytesTensor"),
+        (by_type, "Packed"),
         (by_config, "gptq"),
         (by_dtype, "torch.int8"),
     ],
