@@ -168,7 +168,7 @@ def ranks_share_a_run(folder: Path) -> None:
 
 
 def ranks_die(folder: Path) -> None:
-    model, data = prepare(120)
+    model, data = prepare(90)
     kept, out = folder / "kept", folder / "scores.safetensors"
 
     model.original_model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
@@ -233,7 +233,7 @@ def ranks_die(folder: Path) -> None:
 
     # An error on one rank ends the others, and says which it was.
     broken = ml.Sample([{"role": "user", "content": [{"type": "image", "image": "none"}]}], (), "x")
-    data[4:] = [broken, *data[4:40]]
+    data[4:] = [broken, *data[4:30]]
     told = finish(start(2, lambda rank: mine(model, data), folder / "told"), folder / "told")
     assert told[1]["error"] == "SampleError"
     assert "Rank 1 of 2 stopped here." in told[1]["text"]
