@@ -36,18 +36,22 @@ class Record:
     """What a process has done.
 
     Attributes:
-        done: The items of which the analyzers have seen all that can be used.
+        done: The items of which the analyzers have seen all that can be used, where it is kept.
+        seen: How many they are.
         skipped: How many of them could not be used.
         limit: The most tokens in a pass, where batches are made by length.
     """
 
     done: Done = field(default_factory=dict)
+    seen: int = 0
     skipped: int = 0
     limit: int | None = None
 
-    def add(self, unit: dict[int, Any], skipped: int, signed: bool = True) -> None:
+    def add(self, unit: dict[int, Any], skipped: int, kept: bool = True) -> None:
         """Count the items of a unit."""
-        self.done |= {number: signature(item) if signed else 0 for number, item in unit.items()}
+        if kept:
+            self.done |= {number: signature(item) for number, item in unit.items()}
+        self.seen += len(unit)
         self.skipped += skipped
 
 
@@ -137,6 +141,7 @@ class Checkpoint:
                 text = "was written by another process a moment ago. Start this run again, alone."
                 raise ValueError(f"{self.folder / name} {text}")
             total.done |= record.done
+            total.seen += record.seen
             total.skipped += record.skipped
             total.limit = min(filter(None, (total.limit, record.limit)), default=None)
             for own, state in zip(states, held, strict=True):
@@ -152,7 +157,7 @@ class Checkpoint:
             )
         done = dict(tensors.pop("items").tolist())
         held = apart(tensors, len(self.settings["analyzers"]))
-        return Record(done, metadata["skipped"], metadata["limit"]), held
+        return Record(done, len(done), metadata["skipped"], metadata["limit"]), held
 
     def is_due(self, record: Record, finished: bool = False) -> bool:
         """Whether it is time to write, or there is anything to write after the last sample."""

@@ -95,7 +95,7 @@ def work_through(
         stack.enter_context(bar)
 
         def show() -> tuple[int, int]:
-            seen, skipped = ranks.progress(len(record.done), record.skipped)
+            seen, skipped = ranks.progress(record.seen, record.skipped)
             if skipped:
                 bar.set_postfix(skipped=skipped, refresh=False)
             bar.update(seen - bar.n)
@@ -110,7 +110,7 @@ def work_through(
             show()
             with closing(ahead(shard, prepare)) as units:
                 for unit, prepared in units:
-                    record.add(unit, work(prepared), signed=kept is not None)
+                    record.add(unit, work(prepared), kept is not None)
                     record.limit = sampler.limit
                     write()
                     show()
