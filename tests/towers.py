@@ -75,6 +75,17 @@ def vision_inputs() -> dict[str, Any]:
     }
 
 
+def one_image() -> dict[str, Any]:
+    """A prompt with one image."""
+    torch.manual_seed(4)
+    inputs = padded([[5, START, IMAGE, IMAGE, IMAGE, IMAGE, END, 6]])
+    return inputs | {
+        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int(),
+        "pixel_values": torch.randn(4 * 4, 3 * 2 * 2 * 2),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
 def audio_model() -> Qwen2AudioForConditionalGeneration:
     """Audio tower: 3 layers of 40 neurons, 20 frames."""
     torch.manual_seed(5)
@@ -104,6 +115,25 @@ def audio_inputs() -> dict[str, Any]:
         "input_features": torch.randn(3, 8, 40),
         "feature_attention_mask": (torch.arange(40) < lengths[:, None]).long(),
     }
+
+
+class Packed(torch.Tensor):
+    """Weights in a type of a library's own that says it is of floats, as torchao's does."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in (torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.to):
+            raise NotImplementedError(f"{cls.__name__} implements no {function.__name__}")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def pack(model: Any) -> None:
+    """Put a weight of the second layer into such a type."""
+    down = model.get_decoder().layers[1].mlp.down_proj
+    packed = down.weight.detach().as_subclass(Packed)
+    down.weight = torch.nn.Parameter(packed, requires_grad=False)
 
 
 def padded(rows: list[list[int]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.running.batches import Sampler
 from miner_lens.running.distributed import joined
 from miner_lens.running.shards import Items
-from miner_lens.running.work import Keeping, state_of, work_through
+from miner_lens.running.work import state_of, work_through
 
 # So many samples are held prepared, media and all, and sorted by their length.
 WINDOW = 32
@@ -157,8 +157,7 @@ def trials(
         raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
     asking = _Asking(model, checked, batch_size, _ends(model), metric, max_new_tokens)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, None)
-    keeping = Keeping(checkpoint, checkpoint_every)
-    with evaluating(model), torch.no_grad(), joined(keeping.advice) as ranks:
+    with evaluating(model), torch.no_grad(), joined(checkpoint) as ranks:
         settings: dict[str, Any] = {}
         if ranks.world_size > 1 or checkpoint is not None:
             settings = state_of(model) | {
@@ -177,7 +176,8 @@ def trials(
             prepare=asking.prepare,
             work=asking.run,
             settings=settings,
-            keeping=keeping,
+            checkpoint=checkpoint,
+            seconds=checkpoint_every,
             progress=progress,
         )
     if not seen:

@@ -7,29 +7,28 @@ says nothing, so its items are done again.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from jaxtyping import Int64
-from torch import Tensor
 
 from miner_lens import files
 from miner_lens.data.signature import signature
-from miner_lens.running.stateful import State
+from miner_lens.running.distributed import Ranks
+from miner_lens.running.stateful import Mergeable, State, apart, together
 
 KIND = "run"
 LOCK = ".lock"
 NAME = "rank-{rank}-of-{world_size}.safetensors"
-PATTERN = re.compile(r"rank-\d+-of-\d+\.safetensors")
+
+Done = dict[int, int]  # the signature of each item, by its number in the data
 
 
 @dataclass
@@ -37,30 +36,26 @@ class Record:
     """What a process has done.
 
     Attributes:
-        items: The number and the signature of each item, one after the other.
+        done: The items of which the analyzers have seen all that can be used, where it is kept.
+        seen: How many they are.
         skipped: How many of them could not be used.
         limit: The most tokens in a pass, where batches are made by length.
     """
 
-    items: array[int] = field(default_factory=lambda: array("q"))
+    done: Done = field(default_factory=dict)
+    seen: int = 0
     skipped: int = 0
     limit: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.items) // 2
-
-    def add(self, unit: dict[int, Any], skipped: int, signed: bool = True) -> None:
-        """Count items of which the analyzers have seen all that can be used."""
-        for number, item in unit.items():
-            self.items.extend((number, signature(item) if signed else 0))
+    def add(self, unit: dict[int, Any], skipped: int, kept: bool = True) -> None:
+        """Count the items of a unit."""
+        if kept:
+            self.done |= {number: signature(item) for number, item in unit.items()}
+        self.seen += len(unit)
         self.skipped += skipped
 
-    @property
-    def pairs(self) -> Int64[Tensor, "item 2"]:
-        """(number, signature) of each item."""
-        return torch.tensor(self.items, dtype=torch.long).reshape(-1, 2)
 
-
+@dataclass
 class Checkpoint:
     """The files of a run in a folder that all its processes share.
 
@@ -68,20 +63,19 @@ class Checkpoint:
     can hold, must be the same for a run to be continued.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        rank: int,
-        world_size: int,
-        seconds: float,
-        samples: int | None,
-        settings: dict[str, Any],
-    ) -> None:
-        self.folder, self.rank = Path(folder), rank
-        self.name = NAME.format(rank=rank, world_size=world_size)
-        self._seconds, self._samples, self._settings = seconds, samples, settings
-        self._written, self._items = time.monotonic(), 0
-        self._replaced: list[str] = []
+    folder: Path
+    ranks: Ranks
+    settings: dict[str, Any]
+    seconds: float
+    samples: int | None = None
+    _replaced: list[str] = field(default_factory=list)
+    _time: float = field(default_factory=time.monotonic)  # of the last write
+    _items: int = 0  # in it
+
+    @property
+    def name(self) -> str:
+        """What this process's file is called."""
+        return NAME.format(rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -100,8 +94,8 @@ class Checkpoint:
                 f"there is none, its host may have died: remove {self.folder / LOCK}.)"
             ) from error
 
-    def survey(self) -> dict[str, list[int]]:
-        """What the intact files cover, as `Record.items`, by their names. Rank 0 does this for all.
+    def survey(self) -> dict[str, Done]:
+        """What the intact files cover, by their names. Rank 0 does this for all.
 
         A file that shares items with a larger one is left out, and removed where it has no others:
         it was merged into that one, or a process went on writing after its run was over.
@@ -111,78 +105,73 @@ class Checkpoint:
         """
         for half in self.folder.glob(".rank-*.safetensors.*"):  # of a write that was cut off
             half.unlink(missing_ok=True)
-        records: dict[str, Record] = {}
-        for path in sorted(self.folder.iterdir()):
-            if PATTERN.fullmatch(path.name):
-                try:
-                    content = files.read(path, KIND)
-                except ValueError as error:
-                    warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
-                else:
-                    records[path.name] = self._parse(*content)[0]
-        found, seen = dict[str, list[int]](), set[int]()
-        for name, record in sorted(records.items(), key=lambda one: -len(one[1])):
-            if seen.isdisjoint(record.items[::2]):
-                found[name] = record.items.tolist()
-                seen.update(record.items[::2])
-            elif seen.issuperset(record.items[::2]):
+        covered: dict[str, Done] = {}
+        for path in sorted(self.folder.glob(NAME.format(rank="*", world_size="*"))):
+            try:
+                content = files.read(path, KIND)
+            except ValueError as error:
+                warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
+            else:
+                covered[path.name] = self._parse(*content)[0].done
+        found, seen = dict[str, Done](), set[int]()
+        for name, done in sorted(covered.items(), key=lambda one: -len(one[1])):
+            if seen.isdisjoint(done):
+                found[name] = done
+                seen.update(done)
+            elif seen.issuperset(done):
                 (self.folder / name).unlink(missing_ok=True)
         return found
 
-    def load(self, found: dict[str, list[int]], analyzers: Sequence[Any]) -> Record:
-        """Merge into new analyzers what this process's file holds.
+    def load(self, found: dict[str, Done], states: Sequence[Mergeable]) -> Record:
+        """Merge into new states what this process's file holds.
 
         Rank 0 takes over the files of other numbers of ranks as well; its next write replaces them.
 
         Raises:
             ValueError: A file has changed since `survey` has read it.
         """
-        ours = self.name[self.name.index("-of-") :]
-        if self.rank == 0:
-            self._replaced = [name for name in found if not name.endswith(ours)]
+        ours = NAME.format(rank="*", world_size=self.ranks.world_size)
+        if self.ranks.rank == 0:
+            self._replaced = [name for name in found if not fnmatch(name, ours)]
         total = Record()
         for name in [self.name] * (self.name in found) + self._replaced:
-            record, states = self._parse(*files.read(self.folder / name, KIND))
-            if record.items.tolist() != found[name]:
+            record, held = self._parse(*files.read(self.folder / name, KIND))
+            if record.done != found[name]:
                 # Merged with what will be computed, some samples would count twice.
                 text = "was written by another process a moment ago. Start this run again, alone."
                 raise ValueError(f"{self.folder / name} {text}")
-            total.items += record.items
+            total.done |= record.done
+            total.seen += record.seen
             total.skipped += record.skipped
             total.limit = min(filter(None, (total.limit, record.limit)), default=None)
-            for analyzer, state in zip(analyzers, states, strict=True):
-                analyzer.merge_state_dict(state)
-        self._items = len(total)
+            for own, state in zip(states, held, strict=True):
+                own.merge_state_dict(state)
+        self._items = len(total.done)
         return total
 
     def _parse(self, tensors: State, metadata: dict[str, Any]) -> tuple[Record, list[State]]:
-        if metadata["settings"] != self._settings:
+        if metadata["settings"] != self.settings:
             raise ValueError(
                 f"{self.folder} holds another run. Its settings: {metadata['settings']}; this "
-                f"run's: {self._settings}. Use the same ones, or another folder."
+                f"run's: {self.settings}. Use the same ones, or another folder."
             )
-        items = array("q", tensors.pop("items").flatten().tolist())
-        states: list[State] = [{} for _ in self._settings["analyzers"]]
-        for key, tensor in tensors.items():
-            number, _, name = key.partition("/")
-            states[int(number)][name] = tensor
-        return Record(items, metadata["skipped"], metadata["limit"]), states
+        done = dict(tensors.pop("items").tolist())
+        held = apart(tensors, len(self.settings["analyzers"]))
+        return Record(done, len(done), metadata["skipped"], metadata["limit"]), held
 
     def is_due(self, record: Record, finished: bool = False) -> bool:
         """Whether it is time to write, or there is anything to write after the last sample."""
-        new = len(record) - self._items
+        new = len(record.done) - self._items
         if finished:
             return new > 0 or bool(self._replaced)
-        enough = self._samples is not None and new >= self._samples
-        return enough or time.monotonic() - self._written >= self._seconds
+        enough = self.samples is not None and new >= self.samples
+        return enough or time.monotonic() - self._time >= self.seconds
 
-    def write(self, record: Record, analyzers: Sequence[Any]) -> None:
+    def write(self, record: Record, states: Sequence[Mergeable]) -> None:
         """Put this process's file in the place of those that it replaces."""
-        tensors = {"items": record.pairs}
-        for number, analyzer in enumerate(analyzers):
-            tensors |= {f"{number}/{name}": one for name, one in analyzer.state_dict().items()}
-        metadata = {"settings": self._settings, "skipped": record.skipped, "limit": record.limit}
-        files.write(self.folder / self.name, KIND, tensors, metadata)
+        items = torch.tensor(list(record.done.items()), dtype=torch.long).reshape(-1, 2)
+        metadata = {"settings": self.settings, "skipped": record.skipped, "limit": record.limit}
+        files.write(self.folder / self.name, KIND, {"items": items, **together(states)}, metadata)
         while self._replaced:
             (self.folder / self._replaced.pop()).unlink(missing_ok=True)
-        self._written, self._items = time.monotonic(), len(record)
+        self._time, self._items = time.monotonic(), len(record.done)

@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from miner_lens.launchers import launcher
-from miner_lens.running.stateful import State
+from miner_lens.running.stateful import Mergeable, State, apart, together
 
 TIMEOUT = timedelta(hours=6)  # how long ranks that are done wait for the others
-INTERVAL = 1.0  # seconds between two reports of progress
 
 _c10d: Any = distributed  # some of its names are not typed
 _runs = 0
@@ -35,102 +35,104 @@ class RankError(RuntimeError):
 
 @dataclass
 class Ranks:
-    """The processes of one run, and which of them this is."""
+    """The processes of one run, and which of them this is.
+
+    Where another rank has stopped, its methods raise `RankError`.
+    """
 
     rank: int = 0
     world_size: int = 1
     store: Any = None  # for keys of this run alone
     group: Any = None  # of gloo
     advice: str = ""  # what an error says last
-    _told: float = -float("inf")
-    _own: tuple[int, int] = (0, 0)
-    _all: tuple[int, int] = (0, 0)
+    _told: tuple[int, int] = (0, 0)
 
     def progress(self, items: int, skipped: int) -> tuple[int, int]:
-        """Tell how far this rank is; how far all are, as far as is known."""
+        """Tell how far this rank is; how far all are."""
         if self.store is None:
             return items, skipped
-        if time.monotonic() - self._told > INTERVAL:
-            with self._reaching():
-                self._all = (
-                    self.store.add("items", items - self._own[0]),
-                    self.store.add("skipped", skipped - self._own[1]),
-                )
-            self._own, self._told = (items, skipped), time.monotonic()
-        return self._all
+        with self._reaching():
+            all_items = self.store.add("items", items - self._told[0])
+            all_skipped = self.store.add("skipped", skipped - self._told[1])
+        self._told = items, skipped
+        return all_items, all_skipped
 
-    def gather(self, value: Any, meanwhile: Callable[[], object] = lambda: None) -> list[Any]:
-        """Every rank's value, which JSON can hold, on every rank; meanwhile, `meanwhile` is called.
-
-        Raises:
-            RankError: Another rank has stopped.
-        """
-        if self.store is None:
-            return [value]
-        data = _bytes(json.dumps(value).encode())
-        lengths = [int(one) for one in self._all_gather(torch.tensor([len(data)]), meanwhile)]
-        padded = torch.cat([data, data.new_zeros(max(lengths) - len(data))])
-        pairs = zip(self._all_gather(padded, meanwhile), lengths, strict=True)
-        return [json.loads(one[:length].numpy().tobytes()) for one, length in pairs]
-
-    def states(self, analyzers: Sequence[Any]) -> Iterator[list[State]]:
-        """On rank 0 each other rank's states, one for each analyzer; others send theirs."""
-        own = [_bytes(safetensors.torch.save(a.state_dict())) for a in analyzers if self.rank]
-        for rank, lengths in enumerate(self.gather([len(one) for one in own])):
-            theirs = [torch.empty(one, dtype=torch.uint8) for one in lengths]
-            with self._reaching():
-                for data in own if self.rank == rank else ():
-                    distributed.send(data, 0, group=self.group)
-                for data in theirs if self.rank == 0 else ():
-                    distributed.recv(data, rank, group=self.group)
-            if self.rank == 0 < rank:
-                yield [safetensors.torch.load(data.numpy().tobytes()) for data in theirs]
-
-    def share(self, analyzers: Sequence[Any]) -> None:
-        """Give rank 0's states to all."""
+    def wait(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Until all ranks are here; meanwhile, `meanwhile` is called."""
         if self.store is None:
             return
-        for analyzer in analyzers:
-            data = _bytes(safetensors.torch.save(analyzer.state_dict() if self.rank == 0 else {}))
-            length = self.gather(len(data))[0]
-            data = data if self.rank == 0 else torch.empty(length, dtype=torch.uint8)
-            with self._reaching():
-                distributed.broadcast(data, 0, group=self.group)
-            analyzer.load_state_dict(safetensors.torch.load(data.numpy().tobytes()))
-        self.gather(None)  # nobody hangs up before all has arrived
-
-    def _all_gather(self, tensor: Tensor, meanwhile: Callable[[], object]) -> list[Tensor]:
-        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
         with self._reaching():
-            work = distributed.all_gather(found, tensor, group=self.group, async_op=True)
-            while not work.is_completed():
+            arrived = distributed.barrier(group=self.group, async_op=True)
+            while not arrived.is_completed():
                 meanwhile()
-                time.sleep(0.01)
-            work.wait()  # raises what went wrong
-        return found
+                time.sleep(0.1)
+            arrived.wait()  # raises what went wrong
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, which JSON can hold, on every rank."""
+        data = json.dumps(value).encode()
+        return [json.loads(self._broadcast(data, rank)) for rank in range(self.world_size)]
+
+    def merge(self, states: Sequence[Mergeable]) -> None:
+        """Merge all ranks' states on rank 0, one rank after the other, and give the sum to all."""
+        if self.store is None:
+            return
+        for rank in range(1, self.world_size):
+            if self.rank == rank:
+                self._move(partial(distributed.send, dst=0), _packed(states))
+            if self.rank == 0:
+                theirs = self._move(partial(distributed.recv, src=rank))
+                for own, state in zip(states, _unpacked(theirs, len(states)), strict=True):
+                    own.merge_state_dict(state)
+        total = self._broadcast(_packed(states) if self.rank == 0 else b"", 0)
+        for own, state in zip(states, _unpacked(total, len(states)), strict=True):
+            own.load_state_dict(state)
+        self.wait()  # nobody hangs up before all has arrived
+
+    def _broadcast(self, data: bytes, source: int) -> bytes:
+        """What the source has, on every rank."""
+        if self.store is None:
+            return data
+        own = data if self.rank == source else None
+        return self._move(partial(distributed.broadcast, src=source), own)
+
+    def _move(self, move: Callable[..., object], data: bytes | None = None) -> bytes:
+        """Send data, where there is some, or receive them; the length goes first."""
+        length = torch.tensor([0 if data is None else len(data)])
+        with self._reaching():
+            move(length, group=self.group)
+            if data is None:
+                content = torch.empty(int(length), dtype=torch.uint8)
+            else:
+                content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            move(content, group=self.group)
+        return content.numpy().tobytes()
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
-        except RankError:
-            raise
         except RuntimeError as error:
             text = "has stopped; its output, or the launcher's, says why."
             raise RankError(f"Another rank of {self.world_size} {text} {self.advice}") from error
 
 
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def _packed(states: Sequence[Mergeable]) -> bytes:
+    packed: bytes = safetensors.torch.save(together(states))
+    return packed
+
+
+def _unpacked(data: bytes, count: int) -> list[State]:
+    return apart(safetensors.torch.load(data), count)
 
 
 @contextmanager
-def joined(advice: str) -> Iterator[Ranks]:
+def joined(checkpoint: str | Path | None) -> Iterator[Ranks]:
     """The processes that this run is shared by, for as long as it lasts.
 
     They are those of an initialised process group, or those that the launcher's environment tells
     of (`RANK` and `WORLD_SIZE`, or a SLURM step); otherwise this process is alone. A group made
-    here is destroyed here. Errors end with the advice.
+    here is destroyed here. Errors say how to go on from the checkpoint.
     """
     theirs = distributed.is_available() and distributed.is_initialized()
     if theirs:
@@ -150,6 +152,9 @@ def joined(advice: str) -> Iterator[Ranks]:
         distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
         )
+    advice = "Nothing was kept: with checkpoint='folder' the next run would continue."
+    if checkpoint is not None:
+        advice = f"Start it again to continue from {checkpoint}, with any number of processes."
     try:
         yield Ranks(rank, world_size, store, group, advice)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,20 +24,15 @@ OnError = Literal["raise", "skip"]
 Objective = Literal["answer"] | Callable[[Tensor, Batch], Tensor]
 
 
+@dataclass(frozen=True)
 class Passes:
     """Passes over units of the data, with analyzers reading along."""
 
-    def __init__(
-        self,
-        model: Any,
-        analyzers: tuple[Analyzer[Any], ...],
-        on_error: OnError,
-        sampler: Sampler,
-        objective: Objective | None = None,
-    ) -> None:
-        self.model, self.analyzers = model, analyzers
-        self.on_error, self.sampler = on_error, sampler
-        self.objective = objective
+    model: Any
+    analyzers: Sequence[Analyzer[Any]]
+    on_error: OnError
+    sampler: Sampler
+    objective: Objective | None = None
 
     def prepare(self, unit: dict[int, Any]) -> list[Item]:
         """What can be done for a unit while the model is busy with the one before."""

@@ -19,7 +19,7 @@ from miner_lens.running.batches import BatchSize, Sampler
 from miner_lens.running.distributed import joined
 from miner_lens.running.passes import Objective, OnError, Passes
 from miner_lens.running.shards import Items
-from miner_lens.running.work import Keeping, state_of, work_through
+from miner_lens.running.work import state_of, work_through
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -110,8 +110,7 @@ def run(
     model = prepared_bridge(model)
     device = input_device(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
-    keeping = Keeping(checkpoint, checkpoint_every, checkpoint_every_samples)
-    with evaluating(model), joined(keeping.advice) as ranks:
+    with evaluating(model), joined(checkpoint) as ranks:
         for analyzer in analyzers:
             analyzer.begin(model)
         sampler = Sampler(batch_size, device)
@@ -129,7 +128,9 @@ def run(
             prepare=passes.prepare,
             work=passes.run,
             settings=settings,
-            keeping=keeping,
+            checkpoint=checkpoint,
+            seconds=checkpoint_every,
+            samples=checkpoint_every_samples,
             progress=progress,
         )
         if skipped == seen:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
-import torch
-from jaxtyping import Int64
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from miner_lens.data.items import item_of
 from miner_lens.data.signature import signature
+from miner_lens.running.distributed import Ranks
 
 # Items that are done are looked up again to compare them; where each look-up makes one, so many.
 SPOT_CHECKS = 1_000
@@ -58,6 +57,7 @@ class Items:
         return item_of(self._data[number])
 
 
+@dataclass
 class Shard:
     """One rank's units of the data: unit u is rank u modulo world_size's.
 
@@ -66,17 +66,16 @@ class Shard:
     it is compared with the data and passed over.
     """
 
-    def __init__(
-        self, items: Items, size: int, rank: int, world_size: int, done: Int64[Tensor, "item 2"]
-    ) -> None:
-        self._items, self._size, self._rank, self._world_size = items, size, rank, world_size
-        self._numbers, self._signatures = done[done[:, 0].argsort()].T.contiguous()
-        self._passed, self._step = 0, 1 if items.free else max(1, len(done) // SPOT_CHECKS)
+    items: Items
+    size: int
+    ranks: Ranks
+    done: Mapping[int, int]
+    _compared: int = 0
 
     @property
     def checked(self) -> bool:
-        """Whether all that is done has been passed over, and is the same now."""
-        return self._passed == len(self._numbers)
+        """Whether all that is done has been compared, and is the same now."""
+        return self._compared == len(self.done)
 
     def __iter__(self) -> Iterator[dict[int, Any]]:
         """The items of each unit that are not done, by number.
@@ -84,26 +83,21 @@ class Shard:
         Raises:
             ValueError: What is done was done with other data.
         """
-        if self._items.indexed:
-            self._pass_over(range(self._items.length or 0), self._items.look_up)
-        for unit, (numbers, look_up) in enumerate(self._items.units(self._size)):
-            if not self._items.indexed:
-                self._pass_over(numbers, look_up)
-            done = set(self._numbers[self._places(numbers)].tolist())
-            if unit % self._world_size == self._rank and len(done) < len(numbers):
-                yield {number: look_up(number) for number in numbers if number not in done}
+        if self.items.indexed:
+            self._compare(range(self.items.length or 0), self.items.look_up)
+        for unit, (numbers, look_up) in enumerate(self.items.units(self.size)):
+            if not self.items.indexed:
+                self._compare(numbers, look_up)
+            left = [number for number in numbers if number not in self.done]
+            if left and unit % self.ranks.world_size == self.ranks.rank:
+                yield {number: look_up(number) for number in left}
         if not self.checked:
-            raise ValueError(OTHER_DATA.format(what=f"it has only {self._passed} items"))
+            raise ValueError(OTHER_DATA.format(what=f"it has only {self._compared} of the items"))
 
-    def _places(self, numbers: range) -> slice:
-        """Where among the items that are done those of a range of numbers are."""
-        ends = torch.tensor([numbers.start, numbers.stop])
-        return slice(*torch.searchsorted(self._numbers, ends).tolist())
-
-    def _pass_over(self, numbers: range, look_up: Callable[[int], Any]) -> None:
-        places = self._places(numbers)
-        for place in range(places.start, places.stop, self._step):
-            number = int(self._numbers[place])
-            if signature(look_up(number)) != int(self._signatures[place]):
+    def _compare(self, numbers: range, look_up: Callable[[int], Any]) -> None:
+        done = [number for number in numbers if number in self.done]
+        step = 1 if self.items.free else max(1, len(self.done) // SPOT_CHECKS)
+        for number in done[::step]:
+            if signature(look_up(number)) != self.done[number]:
                 raise ValueError(OTHER_DATA.format(what=f"item {number} is another"))
-        self._passed = places.stop
+        self._compared += len(done)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,34 @@ from miner_lens.running.totals import Keep, Max, Min, Sum, Top, Total, Totals
 State = dict[str, Tensor]
 
 REASONS = 5  # why the first samples were skipped
+
+
+class Mergeable(Protocol):
+    """State that is written, sent and merged as tensors by name."""
+
+    def state_dict(self) -> State:
+        """Everything that it holds."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold what `state_dict` returned, and nothing else."""
+
+    def merge_state_dict(self, state: State) -> None:
+        """Add what another one holds."""
+
+
+def together(states: Sequence[Mergeable]) -> State:
+    """What several hold, under `number/name`."""
+    held = [one.state_dict().items() for one in states]
+    return {f"{number}/{name}": tensor for number, one in enumerate(held) for name, tensor in one}
+
+
+def apart(state: State, count: int) -> list[State]:
+    """What `together` made of so many."""
+    states: list[State] = [{} for _ in range(count)]
+    for key, tensor in state.items():
+        number, _, name = key.partition("/")
+        states[int(number)][name] = tensor
+    return states
 
 
 class Stateful:

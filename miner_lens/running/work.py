@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
 from miner_lens.data.signature import signature
@@ -20,44 +19,9 @@ from miner_lens.running.batches import Sampler, ahead
 from miner_lens.running.checkpoint import Checkpoint, Record
 from miner_lens.running.distributed import RankError, Ranks
 from miner_lens.running.shards import Items, Shard
-from miner_lens.running.stateful import State
+from miner_lens.running.stateful import Mergeable
 
 Prepared = TypeVar("Prepared")
-
-
-class Mergeable(Protocol):
-    """State that is written, sent and merged as tensors by name."""
-
-    def state_dict(self) -> State:
-        """Everything that it holds."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Hold what `state_dict` returned, and nothing else."""
-
-    def merge_state_dict(self, state: State) -> None:
-        """Add what another one holds."""
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Where a run keeps what it has done, and how often.
-
-    Attributes:
-        folder: The checkpoint; None: nothing is kept.
-        seconds: Between two writes.
-        samples: Write also after so many samples of a process.
-    """
-
-    folder: str | Path | None = None
-    seconds: float = 60.0
-    samples: int | None = None
-
-    @property
-    def advice(self) -> str:
-        """What to do when the run has been stopped."""
-        if self.folder is None:
-            return "Nothing was kept: with checkpoint='folder' the next run would continue."
-        return f"Start it again to continue from {self.folder}, with any number of processes."
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -81,7 +45,9 @@ def work_through(
     prepare: Callable[[dict[int, Any]], Prepared],
     work: Callable[[Prepared], int],
     settings: dict[str, Any],
-    keeping: Keeping,
+    checkpoint: str | Path | None,
+    seconds: float,
+    samples: int | None = None,
     progress: bool = True,
 ) -> tuple[int, int]:
     """Work through the data, a unit of `sampler.size` items at a time, and merge the states.
@@ -98,7 +64,9 @@ def work_through(
         work: Do a prepared unit, whole; how many of its items could not be used.
         settings: What must be the same on all ranks, and when the run is continued. Its `analyzers`
             has an entry for each state.
-        keeping: Where what is done is kept.
+        checkpoint: A folder in which what is done is kept.
+        seconds: Between two writes.
+        samples: Write also after so many samples of a process.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -110,28 +78,28 @@ def work_through(
         RankError: Another process has stopped.
     """
     _require_same(ranks, settings, items)
-    kept, record, done = None, Record(), []
+    kept, record, done = None, Record(), dict[int, int]()
     with ExitStack() as stack:
-        if keeping.folder is not None:
-            every = (keeping.seconds, keeping.samples)
-            kept = Checkpoint(keeping.folder, ranks.rank, ranks.world_size, *every, settings)
+        if checkpoint is not None:
+            kept = Checkpoint(Path(checkpoint), ranks, settings, seconds, samples)
             if ranks.rank == 0:
                 stack.enter_context(kept.reserved())
-            found = ranks.gather(kept.survey() if ranks.rank == 0 else None)[0]
-            record = kept.load(found, states)
-            done = [number for one in found.values() for number in one]
+            covered = kept.survey() if ranks.rank == 0 else {}
+            pairs = ranks.gather({name: list(one.items()) for name, one in covered.items()})[0]
+            covered = {name: dict(some) for name, some in pairs.items()}
+            record, done = kept.load(covered, states), dict(ChainMap(*covered.values()))
         sampler.limit = record.limit or sampler.limit
-        pairs = torch.tensor(done, dtype=torch.long).reshape(-1, 2)
-        shard = Shard(items, sampler.size, ranks.rank, ranks.world_size, pairs)
+        shard = Shard(items, sampler.size, ranks, done)
         shown = progress and ranks.rank == 0
-        bar = tqdm(total=items.length, initial=len(pairs), unit=" samples", disable=not shown)
+        bar = tqdm(total=items.length, initial=len(done), unit=" samples", disable=not shown)
         stack.enter_context(bar)
 
-        def show(counts: tuple[int, int] | None = None) -> None:
-            seen, skipped = counts or ranks.progress(len(record), record.skipped)
+        def show() -> tuple[int, int]:
+            seen, skipped = ranks.progress(record.seen, record.skipped)
             if skipped:
                 bar.set_postfix(skipped=skipped, refresh=False)
             bar.update(seen - bar.n)
+            return seen, skipped
 
         def write(finished: bool = False) -> None:
             # What is continued with other data must not be written before that is found out.
@@ -142,7 +110,7 @@ def work_through(
             show()
             with closing(ahead(shard, prepare)) as units:
                 for unit, prepared in units:
-                    record.add(unit, work(prepared), signed=kept is not None)
+                    record.add(unit, work(prepared), kept is not None)
                     record.limit = sampler.limit
                     write()
                     show()
@@ -150,15 +118,10 @@ def work_through(
             write(finished=True)
             raise
         write(finished=True)
-        counts = ranks.gather([len(record), record.skipped], show)
-        seen, skipped = (sum(one) for one in zip(*counts, strict=True))
-        show((seen, skipped))
-        if skipped < seen:
-            for theirs in ranks.states(states):
-                for own, state in zip(states, theirs, strict=True):
-                    own.merge_state_dict(state)
-            ranks.share(states)
-    return seen, skipped
+        ranks.wait(show)
+        counts = show()
+        ranks.merge(states)
+    return counts
 
 
 def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:

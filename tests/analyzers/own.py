@@ -1,10 +1,9 @@
-"""Analyzers as a user would write them; run as a script, one process of a run of two of them."""
+"""Analyzers as a user would write them, and a process of a run of two of them."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 import miner_lens as ml
+from miner_lens import launchers
+from tests.running.test_distributed import everywhere, finish, start
 
 
 class Sparsity(ml.Analyzer):
@@ -55,9 +56,8 @@ def data(samples: int) -> list[ml.Sample]:
     return list(ml.datasets.load("easy-vqa", limit=samples, ask="both"))
 
 
-def main(folder: Path, samples: int, kill_after: int | None) -> None:
+def work(model: Any, folder: Path, kill_after: int | None = None) -> None:
     """Run both with a checkpoint; SIGKILL comes in the midst of the pass after so many."""
-    model = ml.load("shapes", device="cpu")
     passes = 0
 
     def count(module: Any, args: Any, output: Any) -> None:
@@ -69,7 +69,7 @@ def main(folder: Path, samples: int, kill_after: int | None) -> None:
     model.original_model.get_decoder().layers[1].register_forward_hook(count)
     results = ml.run(
         model,
-        data(samples),
+        data(16),
         Sparsity(),
         LastToken(),
         batch_size=3,
@@ -77,9 +77,15 @@ def main(folder: Path, samples: int, kill_after: int | None) -> None:
         checkpoint=folder / "checkpoint",
         checkpoint_every=0.0,
     )
-    if results is not None:
-        torch.save((results, passes), folder / "results.pt")
+    torch.save((results, passes), folder / f"results-{launchers.rank()}.pt")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else None)
+def killed_and_shared(folder: Path) -> None:
+    """A run that is killed and continued, and one of two ranks, each in a folder."""
+    torch.set_num_threads(1)
+    model = ml.load("shapes", device="cpu")
+    killed, shared = folder / "killed", folder / "shared"
+    assert finish(start(1, lambda rank: work(model, killed, 2), killed), killed) == [None]
+    assert list((killed / "checkpoint").glob("*.safetensors"))
+    everywhere(1, lambda rank: work(model, killed), killed)
+    everywhere(2, lambda rank: work(model, shared), shared)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +17,8 @@ from miner_lens.analyzers.attention_sums import AttentionSums
 from miner_lens.models import access, generation
 from miner_lens.scoring import kernels
 from tests import towers
-from tests.analyzers.own import LastToken, Sparsity, data
+from tests.analyzers.own import LastToken, Sparsity, data, killed_and_shared
+from tests.running.test_distributed import in_a_new_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,26 +128,16 @@ def test_sum(shapes: Any, samples: list[ml.Sample]) -> None:
         1 + whole
 
 
-def start(folder: Path, *arguments: Any, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.analyzers.own", str(folder), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs of several processes have left."""
+    folder = tmp_path_factory.mktemp("processes")
+    in_a_new_process(killed_and_shared, folder)
+    return folder
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-
-
-def test_a_killed_run_continues(shapes: Any, samples: list[ml.Sample], tmp_path: Path) -> None:
-    finish(start(tmp_path, 16, 2), -signal.SIGKILL)
-    assert list((tmp_path / "checkpoint").glob("*.safetensors"))
-    finish(start(tmp_path, 16))
-    (sparsity, last), passes = torch.load(tmp_path / "results.pt", weights_only=False)
+def test_a_killed_run_continues(shapes: Any, samples: list[ml.Sample], processes: Path) -> None:
+    (sparsity, last), passes = torch.load(processes / "killed/results-0.pt", weights_only=False)
     assert passes == 4  # of six, as two were done
     alone = run(shapes, samples, Sparsity(), LastToken(), batch_size=3)
     for name, shares in alone[0].items():
@@ -159,18 +145,14 @@ def test_a_killed_run_continues(shapes: Any, samples: list[ml.Sample], tmp_path:
     close(last, alone[1], atol=0)
 
 
-def test_two_ranks_are_one(shapes: Any, samples: list[ml.Sample], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for process in [start(tmp_path, 16, RANK=str(rank), **meeting) for rank in range(2)]:
-        finish(process)
-    (sparsity, last), passes = torch.load(tmp_path / "results.pt", weights_only=False)
-    assert passes < 6
+def test_two_ranks_are_one(shapes: Any, samples: list[ml.Sample], processes: Path) -> None:
     alone = run(shapes, samples, Sparsity(), LastToken(), batch_size=3)
-    close(sparsity, alone[0])
-    close(last, alone[1], atol=1e-4)
+    for rank in range(2):
+        path = processes / f"shared/results-{rank}.pt"
+        (sparsity, last), passes = torch.load(path, weights_only=False)
+        assert passes < 6
+        close(sparsity, alone[0])
+        close(last, alone[1], atol=1e-4)
 
 
 # State.

@@ -17,7 +17,7 @@ from miner_lens.models.access import identity
 from miner_lens.models.fingerprint import VERSION
 from miner_lens.models.identity import ModelIdentity
 from tests.quantized import by_bitsandbytes, by_quanto, by_torch, by_torchao
-from tests.towers import vision_inputs, vision_model
+from tests.towers import pack, vision_inputs, vision_model
 
 
 def edit(name: str, where: Any) -> Callable[[Any], None]:
@@ -81,6 +81,8 @@ def test_quantized_models_are_compared_by_shape() -> None:
     model = vision_model()
     down = model.get_decoder().layers[1].mlp.down_proj
     down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
+    assert identity(model).fingerprint is None
+    pack(model := vision_model())
     assert identity(model).fingerprint is None
     model = vision_model()
     del model.get_decoder().layers[0].mlp.gate_proj.weight  # GPTQ and AWQ call theirs qweight

@@ -15,7 +15,7 @@ from miner_lens.models import access as models
 from tests.analyzers.test_reference_model import logits, model_inputs
 from tests.quantized import by_bitsandbytes, by_quanto, by_torch, by_torchao
 from tests.reference import load
-from tests.towers import vision_inputs, vision_model
+from tests.towers import pack, vision_inputs, vision_model
 
 
 def some(model: Any) -> ml.NeuronSet:
@@ -142,6 +142,11 @@ def test_adapters_that_are_no_weights(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def by_type(model: Any) -> Any:
+    pack(model)
+    return model
+
+
 def by_config(model: Any) -> Any:
     model.config.quantization_config = {"quant_method": "gptq"}
     return model
@@ -161,6 +166,7 @@ def by_dtype(model: Any) -> Any:
         (by_torchao, "Int8Tensor"),
         (by_quanto, "WeightQBytesTensor"),
         (by_bitsandbytes, "bitsandbytes"),
+        (by_type, "Packed"),
         (by_config, "gptq"),
         (by_dtype, "torch.int8"),
     ],

@@ -20,7 +20,7 @@ from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixt
 from tests.running.test_run import close, image_of, mine, sample
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixed() -> list[ml.Sample]:
     """Of many lengths and kinds."""
     frames = [image_of(colour)["image"] for colour in ("red", "blue", "green", "gray")]
@@ -33,6 +33,13 @@ def mixed() -> list[ml.Sample]:
     longer = [sample(f"long {n}", {"type": "text", "text": "and " * n * 7}) for n in (5, 1, 4, 2)]
     large = [sample(f"large {n}", image_of("red", 28 * n)) for n in (4, 2, 5, 3)]
     return [*samples, *longer, *large] * 3
+
+
+@pytest.fixture(scope="module")
+def expected(shapes: Any, mixed: list[ml.Sample]) -> ml.ImportanceScores:
+    """Of one sample after the other."""
+    scores: ml.ImportanceScores = mine(shapes, mixed)
+    return scores
 
 
 class Sizes:
@@ -118,14 +125,14 @@ def test_sounds_are_put_together_alike(hears: Any) -> None:  # noqa: F811
         assert torch.equal(made[name], value), name
 
 
-def test_auto_skips_alike(shapes: Any, mixed: list[ml.Sample]) -> None:
+def test_auto_skips_alike(shapes: Any, mixed: list[ml.Sample], expected: Any) -> None:
     broken = sample("broken", {"type": "image", "image": "no/such/file.png"})
     data = [mixed[0], broken, *mixed[1:]]
     with pytest.raises(ml.SampleError, match=r"broken: .*no/such/file.png"):
         mine(shapes, data, batch_size="auto")
     scores = mine(shapes, data, batch_size="auto", on_error="skip")
     assert scores.skipped == 1
-    close(scores, mine(shapes, mixed), atol=1e-6)
+    close(scores, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +146,11 @@ def test_auto_skips_alike(shapes: Any, mixed: list[ml.Sample]) -> None:
     ],
 )
 def test_auto_backs_off_when_memory_runs_out(
-    shapes: Any, mixed: list[ml.Sample], error: Exception
+    shapes: Any, mixed: list[ml.Sample], expected: Any, error: Exception
 ) -> None:
     with Sizes(shapes, most=200, error=error) as seen:
         scores = mine(shapes, mixed, batch_size="auto")
-    close(scores, mine(shapes, mixed), atol=1e-6)
+    close(scores, expected, atol=1e-6)
     assert 0 < seen.failed < 5
     assert max(rows for rows, _ in seen.shapes) > 1
 

@@ -22,6 +22,7 @@ from miner_lens import files
 from miner_lens.data.signature import signature
 from miner_lens.models import access
 from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint, Record
+from miner_lens.running.distributed import Ranks
 from miner_lens.running.shards import Items, Shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,10 +140,6 @@ def same(a: ml.ImportanceScores, b: ml.ImportanceScores) -> None:
     )
 
 
-def number_of(pairs: torch.Tensor) -> list[int]:
-    return sorted(pairs[:, 0].tolist())
-
-
 @given(
     total=st.integers(0, 40),
     size=st.integers(1, 5),
@@ -158,16 +155,16 @@ def test_every_item_is_dealt_once(
     data = [f"item {number}" for number in range(total)]
     record = Record()
     for world_size, after in [*runs, (3, [100] * 3)]:
-        done, parts = record.pairs, []
+        done, parts = dict(record.done), []
         for rank in range(world_size):
             items = Items(iter(data) if walked else data, None)
-            units = list(Shard(items, size, rank, world_size, done))
+            units = list(Shard(items, size, Ranks(rank, world_size), done))
             assert all(len(unit) <= size for unit in units)
-            assert not {number for unit in units for number in unit} & set(number_of(done))
+            assert not {number for unit in units for number in unit} & set(done)
             parts += units[: after[rank]]
         for unit in parts:
             record.add(unit, 0)
-    assert number_of(record.pairs) == list(range(total))
+    assert sorted(record.done) == list(range(total))
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +341,7 @@ class Numbers(ml.Analyzer[None]):
 def a_file(folder: Path, rank: int, world_size: int, *numbers: int) -> Checkpoint:
     """Write what a rank has seen of some items."""
     settings = {"model": "m", "analyzers": ["Numbers"]}
-    checkpoint = Checkpoint(folder, rank, world_size, 0, None, settings)
+    checkpoint = Checkpoint(folder, Ranks(rank, world_size), settings, 0)
     checkpoint.survey()
     record = Record()
     record.add({number: f"item {number}" for number in numbers}, 0)
@@ -375,7 +372,7 @@ def test_damage_anywhere(tmp_path: Path) -> None:
             continue
         assert found == whole
         analyzer = Numbers()
-        assert len(checkpoint.load(found, [analyzer])) == 2
+        assert len(checkpoint.load(found, [analyzer]).done) == 2
         assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 2)
     assert refused >= len(damages) - 2
 
@@ -387,11 +384,11 @@ def test_files_of_other_numbers_of_ranks_are_taken_over(tmp_path: Path) -> None:
     analyzer = Numbers()
     found = checkpoint.survey()
     record = checkpoint.load(found, [analyzer])
-    assert number_of(record.pairs) == [0, 1, 2, 3, 4, 7]
+    assert sorted(record.done) == [0, 1, 2, 3, 4, 7]
     assert analyzer.samples == 6
     assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 6)
-    other = Checkpoint(tmp_path, 1, 3, 0, None, {"model": "m", "analyzers": ["Numbers"]})
-    assert len(other.load(found, [Numbers()])) == 3
+    other = Checkpoint(tmp_path, Ranks(1, 3), {"model": "m", "analyzers": ["Numbers"]}, 0)
+    assert len(other.load(found, [Numbers()]).done) == 3
     # Killed before the files that were merged could be removed: they are not merged once more.
     old = {path: path.read_bytes() for path in written(tmp_path)}
     checkpoint.load(found, [Numbers()])

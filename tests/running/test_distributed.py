@@ -19,7 +19,6 @@ import torch
 
 import miner_lens as ml
 from miner_lens import files, launchers
-from miner_lens.running import distributed
 from miner_lens.running.checkpoint import KIND
 from tests.running.test_checkpoint import ONE_THREAD, ROOT
 
@@ -83,7 +82,6 @@ def everywhere(world: int, work: Callable[[int], Any], folder: Path) -> list[Any
 
 def prepare(samples: int) -> tuple[Any, list[ml.Sample]]:
     torch.set_num_threads(1)
-    distributed.INTERVAL = 0.1
     return ml.load("shapes", device="cpu"), ml.datasets.load("easy-vqa", limit=samples, ask="both")
 
 
@@ -170,7 +168,7 @@ def ranks_share_a_run(folder: Path) -> None:
 
 
 def ranks_die(folder: Path) -> None:
-    model, data = prepare(120)
+    model, data = prepare(90)
     kept, out = folder / "kept", folder / "scores.safetensors"
 
     model.original_model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
@@ -195,7 +193,7 @@ def ranks_die(folder: Path) -> None:
         os.kill(children[rank], number)
         begun = time.monotonic()
         told = finish(children, folder / "told")
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 120  # a rank that is done would wait for hours
         assert covered() >= before + more
         assert covered() < len(data), "it was killed too late to try anything"
         return told
@@ -235,7 +233,7 @@ def ranks_die(folder: Path) -> None:
 
     # An error on one rank ends the others, and says which it was.
     broken = ml.Sample([{"role": "user", "content": [{"type": "image", "image": "none"}]}], (), "x")
-    data[4:] = [broken, *data[4:40]]
+    data[4:] = [broken, *data[4:30]]
     told = finish(start(2, lambda rank: mine(model, data), folder / "told"), folder / "told")
     assert told[1]["error"] == "SampleError"
     assert "Rank 1 of 2 stopped here." in told[1]["text"]
