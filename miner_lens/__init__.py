@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         KindAnalyzer,
         LogitLens,
         LogitLensAnalyzer,
+        SemanticReachAnalyzer,
         TopActivationsAnalyzer,
         attribute,
         integrated_gradients,
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
         ImportanceScores,
         NeuronKinds,
         Selection,
+        SemanticReach,
         kernels,
     )
 
@@ -122,6 +124,8 @@ _HOMES = {
     "Sample": "data",
     "SampleError": "data",
     "Selection": "scoring",
+    "SemanticReach": "scoring",
+    "SemanticReachAnalyzer": "analyzers",
     "TopActivationsAnalyzer": "analyzers",
     "Trials": "experiments",
     "ablate": "neurons",
@@ -193,6 +197,8 @@ __all__ = [
     "Sample",
     "SampleError",
     "Selection",
+    "SemanticReach",
+    "SemanticReachAnalyzer",
     "TopActivationsAnalyzer",
     "Trials",
     "ablate",

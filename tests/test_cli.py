@@ -23,7 +23,7 @@ def call(*arguments: Any, code: int = 0) -> str:
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
     names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
-    more = ("convergence", "flow", "patch", "neuron", "experiment")
+    more = ("convergence", "reach", "flow", "patch", "neuron", "experiment")
     assert all(name in shown for name in (*names, *more))
 
 
@@ -135,6 +135,15 @@ def test_convergence(tmp_path: Path) -> None:
     assert set(ml.HiddenStates.load(tmp_path / "states.safetensors").modalities) > {"image"}
     assert len(pd.read_csv(tmp_path / "curves.csv")) == 6 * (3 * 3 + 3)
     for name in ("cka", "dimension", "layer-3"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reach(tmp_path: Path) -> None:
+    arguments = ["reach", "shapes", "easy-vqa", "--limit", 3, "--shuffles", 2]
+    assert "probing of image" in call(*arguments, "--out", tmp_path)
+    assert ml.SemanticReach.load(tmp_path / "reach.safetensors").curves().shape[0] == 12
+    assert set(pd.read_csv(tmp_path / "curves.csv")["measure"]) == {"probing", "telomeres"}
+    for name in ("probing", "telomeres"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,6 +9,7 @@ from miner_lens.analyzers.integrated import integrated_gradients
 from miner_lens.analyzers.kinds import KindAnalyzer
 from miner_lens.analyzers.lens import LogitLens, LogitLensAnalyzer
 from miner_lens.analyzers.reading import logit_lens
+from miner_lens.analyzers.semantic_reach import SemanticReachAnalyzer
 from miner_lens.analyzers.top_activations import TopActivationsAnalyzer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KindAnalyzer",
     "LogitLens",
     "LogitLensAnalyzer",
+    "SemanticReachAnalyzer",
     "TopActivationsAnalyzer",
     "attribute",
     "integrated_gradients",

@@ -97,6 +97,29 @@ def convergence(
 
 
 @app.command(rich_help_panel=PANEL)
+def reach(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for the measures, curves and figures.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 100,
+    shuffles: Annotated[int, typer.Option(help="Of the null.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Measure semantic probing and semantic telomeres, layer by layer, beside a null."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples, analyzer = data_set(data, limit), ml.SemanticReachAnalyzer(shuffles=shuffles)
+        found = ml.run(load(model), samples, analyzer, batch_size=batch_size)
+        found.save(out / "reach.safetensors")
+        curves = found.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(found))
+
+
+@app.command(rich_help_panel=PANEL)
 def flow(
     model: Model,
     data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],

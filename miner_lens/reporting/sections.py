@@ -19,6 +19,7 @@ from miner_lens.experiments.table import Trials
 from miner_lens.models.result import Result
 from miner_lens.reporting import plots
 from miner_lens.scoring.selection import Selection
+from miner_lens.scoring.semantic_reach import SemanticReach
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +74,7 @@ def section(name: str, result: Any) -> Section:
         tables, figures = {"overview": _indexed(result.overview())}, {}
         if isinstance(result, Selection) and result:
             figures = {"neurons by layer": plots.neurons_by_layer(result)}
-        if isinstance(result, LogitLens | InformationFlow | Patching):
+        if isinstance(result, LogitLens | InformationFlow | Patching | SemanticReach):
             curves = result.curves()
             tables |= {"curves": curves}
             figures = dict(_curves(curves))
