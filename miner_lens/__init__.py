@@ -23,16 +23,21 @@ from miner_lens import registration
 if TYPE_CHECKING:
     from miner_lens import experiments, organisms
     from miner_lens.analyzers import (
+        AttentionFlow,
+        AttentionFlowAnalyzer,
         AttributionAnalyzer,
         ContributionAnalyzer,
         ConvergenceAnalyzer,
         DomainAnalyzer,
         ImportanceAnalyzer,
         KindAnalyzer,
+        LensDivergence,
+        LensDivergenceAnalyzer,
         LogitLens,
         LogitLensAnalyzer,
         SemanticReachAnalyzer,
         TopActivationsAnalyzer,
+        TunedLensAnalyzer,
         attribute,
         integrated_gradients,
         logit_lens,
@@ -90,6 +95,7 @@ if TYPE_CHECKING:
         NeuronKinds,
         Selection,
         SemanticReach,
+        TunedLens,
         kernels,
     )
 
@@ -97,6 +103,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Analyzer": "running",
+    "AttentionFlow": "analyzers",
+    "AttentionFlowAnalyzer": "analyzers",
     "AttributionAnalyzer": "analyzers",
     "Batch": "running",
     "Condition": "experiments",
@@ -111,6 +119,8 @@ _HOMES = {
     "ImportanceScores": "scoring",
     "InformationFlow": "experiments",
     "KindAnalyzer": "analyzers",
+    "LensDivergence": "analyzers",
+    "LensDivergenceAnalyzer": "analyzers",
     "LogitLens": "analyzers",
     "LogitLensAnalyzer": "analyzers",
     "ModalityLayout": "models",
@@ -128,6 +138,8 @@ _HOMES = {
     "SemanticReachAnalyzer": "analyzers",
     "TopActivationsAnalyzer": "analyzers",
     "Trials": "experiments",
+    "TunedLens": "scoring",
+    "TunedLensAnalyzer": "analyzers",
     "ablate": "neurons",
     "ablation_hooks": "neurons",
     "accuracy": "experiments",
@@ -170,6 +182,8 @@ _MODULES = {
 
 __all__ = [
     "Analyzer",
+    "AttentionFlow",
+    "AttentionFlowAnalyzer",
     "AttributionAnalyzer",
     "Batch",
     "Condition",
@@ -184,6 +198,8 @@ __all__ = [
     "ImportanceScores",
     "InformationFlow",
     "KindAnalyzer",
+    "LensDivergence",
+    "LensDivergenceAnalyzer",
     "LogitLens",
     "LogitLensAnalyzer",
     "ModalityLayout",
@@ -201,6 +217,8 @@ __all__ = [
     "SemanticReachAnalyzer",
     "TopActivationsAnalyzer",
     "Trials",
+    "TunedLens",
+    "TunedLensAnalyzer",
     "ablate",
     "ablation_hooks",
     "accuracy",

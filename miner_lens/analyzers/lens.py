@@ -18,6 +18,7 @@ from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch
 from miner_lens.scoring.curves import Changes, change_points, curve
 from miner_lens.scoring.sample_curves import SampleCurves
+from miner_lens.scoring.tuned_lens import TunedLens
 
 MEASURES = ("entropy", "answer", "agreement")
 LAST = "last"  # the prompt's last token, where the answer is predicted
@@ -129,18 +130,28 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
     MMNeuron, Huo et al. 2024, arXiv 2406.11193). The head costs as much in every layer as it does
     at the end of the model, so a run takes several times a plain one.
 
+    Args:
+        tuned: A lens to look through, fitted by `TunedLensAnalyzer`; without it, the plain one.
+
     Example:
         lens = ml.run(model, data, ml.LogitLensAnalyzer())
         lens.curves(), lens.stages()
     """
 
+    def __init__(self, tuned: TunedLens | None = None) -> None:
+        super().__init__("llm")
+        self.tuned = tuned
+
     def begin(self, model: Any) -> None:
         """Note the model, its final norm and its head.
 
         Raises:
-            ValueError: The model has none of them that can be called.
+            ValueError: The model has none of them that can be called, or the tuned lens was fitted
+                to another model.
         """
         super().begin(model)
+        if self.tuned is not None and self.tuned.identity is not None and self.identity is not None:
+            self.tuned.identity.check(self.identity, "The tuned lens")
         self._lens = Lens(model)
         self._tokenizer = tokenizer_of(model)
 
@@ -151,6 +162,7 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
     def see(self, x: Tensor, point: Point, batch: Batch) -> None:
         """Look through the lens at a layer."""
         asked = batch.once(("lens", "asked"), lambda: self._asked(batch))
+        x = x if self.tuned is None else self.tuned.translate(x, point.layer)
         seen = self._lens.see(x, asked, ranks=1)
         layers: dict[int, Seen] = batch.once(("lens", "seen", id(self)), dict)
         layers[point.layer] = seen

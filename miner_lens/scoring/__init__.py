@@ -6,6 +6,7 @@ from miner_lens.scoring.kinds import NeuronKinds
 from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.selection import Selection
 from miner_lens.scoring.semantic_reach import SemanticReach
+from miner_lens.scoring.tuned_lens import TunedLens
 
 __all__ = [
     "DomainCounts",
@@ -14,4 +15,5 @@ __all__ = [
     "NeuronKinds",
     "Selection",
     "SemanticReach",
+    "TunedLens",
 ]
