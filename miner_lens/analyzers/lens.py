@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from miner_lens.analyzers.reading import Lens, Seen
+from miner_lens.analyzers.tuning import fitting
 from miner_lens.models.forcing import tokenizer_of
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.points import Point, residual_points
@@ -150,8 +151,7 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
                 to another model.
         """
         super().begin(model)
-        if self.tuned is not None and self.tuned.identity is not None and self.identity is not None:
-            self.tuned.identity.check(self.identity, "The tuned lens")
+        self._tuned = None if self.tuned is None else fitting(self.tuned, model)
         self._lens = Lens(model)
         self._tokenizer = tokenizer_of(model)
 
@@ -162,7 +162,7 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
     def see(self, x: Tensor, point: Point, batch: Batch) -> None:
         """Look through the lens at a layer."""
         asked = batch.once(("lens", "asked"), lambda: self._asked(batch))
-        x = x if self.tuned is None else self.tuned.translate(x, point.layer)
+        x = x if self._tuned is None else self._tuned.translate(x, point.layer)
         seen = self._lens.see(x, asked, ranks=1)
         layers: dict[int, Seen] = batch.once(("lens", "seen", id(self)), dict)
         layers[point.layer] = seen

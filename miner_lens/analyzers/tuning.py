@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from miner_lens.analyzers.reading import MOST_LOGITS, Lens
+from miner_lens.models.access import identity
+from miner_lens.models.generation import input_device
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.modality import UNIONS
 from miner_lens.models.points import Point, residual_points
@@ -154,8 +156,7 @@ class LensDivergenceAnalyzer(Analyzer[LensDivergence]):
             ValueError: It has none, or the lens was fitted to another model.
         """
         super().begin(model)
-        if self.tuned.identity is not None and self.identity is not None:
-            self.tuned.identity.check(self.identity, "The tuned lens")
+        self._tuned = fitting(self.tuned, model)
         self._lens = Lens(model)
 
     def points(self, model: Any) -> Sequence[Point]:
@@ -203,13 +204,24 @@ class LensDivergenceAnalyzer(Analyzer[LensDivergence]):
         layers = []
         for layer in sorted(held):
             x = held[layer][:, some]
-            seen = (self._logs(x), self._logs(self.tuned.translate(x, layer)))
+            seen = (self._logs(x), self._logs(self._tuned.translate(x, layer)))
             pair = [_divergence(wanted.to(one.device), one) for one in seen]
             layers.append(torch.stack(pair, -1).to(wanted.device))
         return torch.stack(layers, 2)
 
     def _logs(self, x: Tensor) -> Tensor:
         return self._lens.logits(x).float().log_softmax(-1)
+
+
+def fitting(tuned: TunedLens, model: Any) -> TunedLens:
+    """A tuned lens on the model's device.
+
+    Raises:
+        ValueError: It was fitted to another model.
+    """
+    if tuned.identity is not None:
+        tuned.identity.check(identity(model), "The tuned lens")
+    return tuned.to(input_device(model))
 
 
 def _held(batch: Batch) -> dict[int, Tensor]:

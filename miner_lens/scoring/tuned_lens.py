@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -104,6 +104,10 @@ class TunedLens(Result):
             return x
         weight, bias = self.weights[layer].to(x.device), self.biases[layer].to(x.device)
         return (unit(x) @ weight.T + bias).to(x.dtype)
+
+    def to(self, device: torch.device | str) -> TunedLens:
+        """The same lens on a device."""
+        return replace(self, weights=self.weights.to(device), biases=self.biases.to(device))
 
     def __repr__(self) -> str:
         layers, width = self.biases.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import miner_lens as ml
+from miner_lens.analyzers import tuning
 from miner_lens.scoring.tuned_lens import fit, unit
 
 
@@ -72,6 +74,26 @@ def test_divergence_is_the_models(
     assert distances.min() < 1e-3
 
 
+def test_few_logits_are_held_at_a_time(
+    shapes: Any, samples: Any, tuned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ml.run(shapes, samples[48:50], ml.LensDivergenceAnalyzer(tuned), progress=False)
+    held: list[int] = []
+    own = tuning.Lens.logits
+
+    def watched(lens: Any, x: torch.Tensor) -> torch.Tensor:
+        logits = own(lens, x)
+        held.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(tuning, "MOST_LOGITS", 10_000)
+    monkeypatch.setattr(tuning.Lens, "logits", watched)
+    parts = ml.run(shapes, samples[48:50], ml.LensDivergenceAnalyzer(tuned), progress=False)
+    torch.testing.assert_close(parts.values, whole.values, atol=1e-5, rtol=1e-4)
+    assert max(held) <= 10_000
+    assert len(held) > 2 * 3 * 6
+
+
 def test_a_fit_merges_and_looks_through(
     shapes: Any, samples: Any, tuned: ml.TunedLens, tmp_path: Path
 ) -> None:
@@ -99,13 +121,21 @@ def test_a_fit_merges_and_looks_through(
     assert ml.LogitLensAnalyzer(loaded).settings != ml.LogitLensAnalyzer().settings
 
 
-def test_results_and_refusals(divergence: ml.LensDivergence, tuned: Any, tmp_path: Path) -> None:
+def test_results_and_refusals(
+    shapes: Any, divergence: ml.LensDivergence, tuned: Any, tmp_path: Path
+) -> None:
     divergence.save(tmp_path / "divergence.safetensors")
     loaded = ml.LensDivergence.load(tmp_path / "divergence.safetensors")
     assert repr(loaded) == repr(divergence)
     assert set(loaded.curves()["measure"]) == {"plain", "tuned"}
     with pytest.raises(ValueError, match="layers 0 to 5 of width"):
         tuned.translate(torch.zeros(2, 7), 0)
+    other = dataclasses.replace(
+        tuned, identity=dataclasses.replace(tuned.identity, layers=3, fingerprint=None)
+    )
+    for analyzer in (ml.LogitLensAnalyzer(other), ml.LensDivergenceAnalyzer(other)):
+        with pytest.raises(ValueError, match="The tuned lens"):
+            analyzer.begin(shapes)
     with pytest.raises(ValueError, match="ridge must be 0 or more"):
         ml.TunedLensAnalyzer(-1.0)
     with pytest.raises(ValueError, match="No token has been seen"):
