@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 Workload = Callable[[], object]
+Clock = Callable[[], float]
 
 # Given to the processes that measure memory, so that freed memory goes back to the system at once:
 # what an allocator keeps would hide the next use of it.
@@ -43,14 +44,14 @@ class Spread:
         return cls(median, low, high, len(values))
 
 
-def seconds(workload: Workload, device: str) -> float:
+def seconds(workload: Workload, device: str, clock: Clock = time.perf_counter) -> float:
     """How long one call takes, until the device has finished."""
     gc.collect()  # what the call before has left is not this one's to clear away
     _synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     workload()
     _synchronise(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(
@@ -58,6 +59,7 @@ def in_turn(
     runs: int,
     device: str = "cpu",
     tick: Callable[[], object] = lambda: None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each workload in each run, after one call of each that does not count.
 
@@ -71,7 +73,7 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in workloads}
     for run in range(runs):
         for name in order(list(workloads), run):
-            times[name].append(seconds(workloads[name], device))
+            times[name].append(seconds(workloads[name], device, clock))
             tick()
     return times
 

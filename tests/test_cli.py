@@ -23,7 +23,17 @@ def call(*arguments: Any, code: int = 0) -> str:
 def test_help_lists_the_commands() -> None:
     shown = call("--help")
     names = ("demo", "info", "mine", "select", "ablate", "domains", "attribute", "kinds", "lens")
-    more = ("convergence", "flow", "patch", "neuron", "experiment")
+    more = (
+        "reproduce",
+        "tune-lens",
+        "compare",
+        "convergence",
+        "reach",
+        "flow",
+        "patch",
+        "neuron",
+        "experiment",
+    )
     assert all(name in shown for name in (*names, *more))
 
 
@@ -118,6 +128,17 @@ def test_lens(tmp_path: Path) -> None:
         assert (tmp_path / f"{measure}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tune_lens(tmp_path: Path) -> None:
+    arguments = ["tune-lens", "shapes", "easy-vqa", "--limit", 4, "--tried", 2]
+    assert "image, tuned" in call(*arguments, "--out", tmp_path)
+    assert set(pd.read_csv(tmp_path / "curves.csv")["measure"]) == {"plain", "tuned"}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    tuned = tmp_path / "lens.safetensors"
+    assert ml.TunedLens.load(tuned).weights.shape[0] == 5
+    through = ("lens", "shapes", "easy-vqa", "--limit", 2, "--tuned", tuned)
+    assert "LogitLens(2 samples" in call(*through, "--out", tmp_path / "lens")
+
+
 def test_attribute_and_kinds(tmp_path: Path) -> None:
     scores = tmp_path / "scores.safetensors"
     arguments = ["attribute", "shapes", "easy-vqa", "--limit", 2, "--out", scores]
@@ -131,6 +152,15 @@ def test_attribute_and_kinds(tmp_path: Path) -> None:
     assert ml.NeuronSet.load(tmp_path / "kinds" / "neurons-text.safetensors") == chosen
 
 
+def test_compare(tmp_path: Path) -> None:
+    data = ["compare", "shapes", "easy-vqa:image", "easy-vqa:text"]
+    shown = call(*data, "--mined", 4, "--limit", 3, "--ratio", 0.1, "--out", tmp_path)
+    found = ml.experiments.MetricComparison.load(tmp_path / "comparison.safetensors")
+    assert found.summary in shown
+    assert set(pd.read_csv(tmp_path / "agreement.csv")["metric"]) >= {"attn_k", "attribution"}
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_convergence(tmp_path: Path) -> None:
     arguments = ["convergence", "shapes", "easy-vqa", "--limit", 6, "--shuffles", 2, "--layer", 3]
     shown = call(*arguments, "--out", tmp_path)
@@ -141,12 +171,34 @@ def test_convergence(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_reach(tmp_path: Path) -> None:
+    arguments = ["reach", "shapes", "easy-vqa", "--limit", 3, "--shuffles", 2]
+    assert "probing of image" in call(*arguments, "--out", tmp_path)
+    assert ml.SemanticReach.load(tmp_path / "reach.safetensors").curves().shape[0] == 12
+    assert set(pd.read_csv(tmp_path / "curves.csv")["measure"]) == {"probing", "telomeres"}
+    for name in ("probing", "telomeres"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_flow(tmp_path: Path) -> None:
-    shown = call("flow", "shapes", "easy-vqa", "--limit", 3, "--window", 5, "--out", tmp_path)
+    arguments = ["flow", "shapes", "easy-vqa", "--limit", 3, "--window", 5]
+    shown = call(*arguments, "--out", tmp_path)
     assert "image in layers 0 to 4" in shown
+    assert "AttentionFlow(3 samples, 6 layers" in shown
     assert len(ml.InformationFlow.load(tmp_path / "flow.safetensors").cuts) == 2
-    assert set(pd.read_csv(tmp_path / "curves.csv")["layer"]) == {0, 1}
-    assert (tmp_path / "logprob.png").read_bytes().startswith(b"\x89PNG")
+    assert set(pd.read_csv(tmp_path / "flow.csv")["layer"]) == {0, 1}
+    assert set(pd.read_csv(tmp_path / "attention.csv")["measure"]) == {"effect", "saliency"}
+    for name in ("flow-logprob", "attention-effect"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    off = tmp_path / "off.safetensors"
+    ml.NeuronSet(
+        [(layer, n) for layer in range(6) for n in range(384)], layers=6, neurons=384
+    ).save(off)
+    call(*arguments, "--neurons", off, "--out", tmp_path / "off")
+    intact = ml.AttentionFlow.load(tmp_path / "attention.safetensors")
+    assert not intact.values.equal(
+        ml.AttentionFlow.load(tmp_path / "off" / "attention.safetensors").values
+    )
 
 
 def test_neuron(tmp_path: Path) -> None:

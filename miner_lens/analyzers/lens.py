@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from miner_lens.analyzers.reading import Lens, Seen
+from miner_lens.analyzers.tuning import fitting
 from miner_lens.models.forcing import tokenizer_of
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.points import Point, residual_points
-from miner_lens.models.result import Result
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch
 from miner_lens.scoring.curves import Changes, change_points, curve
-
-if TYPE_CHECKING:
-    import pandas as pd
+from miner_lens.scoring.sample_curves import SampleCurves
+from miner_lens.scoring.tuned_lens import TunedLens
 
 MEASURES = ("entropy", "answer", "agreement")
 LAST = "last"  # the prompt's last token, where the answer is predicted
@@ -28,7 +27,7 @@ KEPT_SAMPLES, KEPT_TOKENS = 10_000, 1_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitLens(Result):
+class LogitLens(SampleCurves):
     """What the logit lens shows of a data set, by layer and modality.
 
     Attributes:
@@ -45,46 +44,11 @@ class LogitLens(Result):
 
     filename: ClassVar[str] = "logit-lens.safetensors"
 
-    values: Float[Tensor, "sample layer modality measure"]
-    counts: Int[Tensor, "sample modality"]
-    modalities: tuple[str, ...]
+    measures = MEASURES
+
     tops: Mapping[str, Int[Tensor, "token layer"]]
     vocabulary: Mapping[int, str]
     identity: ModelIdentity | None = None
-
-    def of(self, modality: str, measure: str = "entropy") -> Float[Tensor, "sample layer"]:
-        """A measure in the samples that have tokens of the modality.
-
-        Raises:
-            KeyError: There is no such modality or measure.
-        """
-        for name, known in ((modality, self.modalities), (measure, MEASURES)):
-            if name not in known:
-                raise KeyError(f"There is no {name!r} here; there are {', '.join(known)}.")
-        place = self.modalities.index(modality)
-        return self.values[self.counts[:, place] > 0][:, :, place, MEASURES.index(measure)]
-
-    def curves(self, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """Means over samples by layer, with 95 % percentile bootstrap intervals over samples.
-
-        Returns:
-            A table of the columns modality, measure, layer, samples, mean, low and high. Modalities
-            that fewer than two samples have are left out.
-
-        Raises:
-            ImportError: scipy is missing.
-        """
-        import pandas as pd
-
-        tables = []
-        for modality, measure in self._pairs():
-            values = self.of(modality, measure).double().numpy()
-            found = curve(values, resamples, seed)
-            table = pd.DataFrame({"layer": range(values.shape[1]), "samples": len(values)})
-            table.insert(0, "modality", modality)
-            table.insert(1, "measure", measure)
-            tables.append(table.assign(mean=found.mean, low=found.low, high=found.high))
-        return pd.concat(tables, ignore_index=True)
 
     def stages(
         self, measure: str = "entropy", most: int = 2, resamples: int = 1000, seed: int = 0
@@ -103,7 +67,7 @@ class LogitLens(Result):
             modality: change_points(
                 curve(self.of(modality, measure).double().numpy(), resamples, seed), most
             )
-            for modality, one in self._pairs()
+            for modality, one in self.pairs()
             if one == measure
         }
 
@@ -128,19 +92,10 @@ class LogitLens(Result):
     def __repr__(self) -> str:
         layers = self.values.shape[1]
         lines = [f"LogitLens({len(self.values)} samples, {layers} layers; mean entropy in nats)"]
-        for modality, measure in self._pairs(1):
-            if measure == "entropy":
-                row = self.of(modality).mean(0).tolist()
-                lines.append(f"{modality:<12}" + "".join(f" {value:6.2f}" for value in row))
+        for modality in self.known():
+            row = self.of(modality).mean(0).tolist()
+            lines.append(f"{modality:<12}" + "".join(f" {value:6.2f}" for value in row))
         return "\n".join(lines)
-
-    def overview(self) -> pd.DataFrame:
-        """The mean entropy of each modality, in nats, layer by layer."""
-        import pandas as pd
-
-        shown = [name for name, measure in self._pairs(1) if measure == "entropy"]
-        table = pd.DataFrame({name: self.of(name).mean(0).cpu().numpy() for name in shown})
-        return table.rename_axis("layer")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """What a file of the result holds."""
@@ -167,14 +122,6 @@ class LogitLens(Result):
             identity,
         )
 
-    def _pairs(self, least: int = 2) -> Iterator[tuple[str, str]]:
-        """Modalities that enough samples have, with each measure."""
-        for modality, enough in zip(
-            self.modalities, ((self.counts > 0).sum(0) >= least).tolist(), strict=True
-        ):
-            if enough:
-                yield from ((modality, measure) for measure in MEASURES)
-
 
 class LogitLensAnalyzer(Analyzer[LogitLens]):
     """Puts the final norm and head on the residual stream after each layer, at every position.
@@ -184,18 +131,27 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
     MMNeuron, Huo et al. 2024, arXiv 2406.11193). The head costs as much in every layer as it does
     at the end of the model, so a run takes several times a plain one.
 
+    Args:
+        tuned: A lens to look through, fitted by `TunedLensAnalyzer`; without it, the plain one.
+
     Example:
         lens = ml.run(model, data, ml.LogitLensAnalyzer())
         lens.curves(), lens.stages()
     """
 
+    def __init__(self, tuned: TunedLens | None = None) -> None:
+        super().__init__("llm")
+        self.tuned = tuned
+
     def begin(self, model: Any) -> None:
         """Note the model, its final norm and its head.
 
         Raises:
-            ValueError: The model has none of them that can be called.
+            ValueError: The model has none of them that can be called, or the tuned lens was fitted
+                to another model.
         """
         super().begin(model)
+        self._tuned = None if self.tuned is None else fitting(self.tuned, model)
         self._lens = Lens(model)
         self._tokenizer = tokenizer_of(model)
 
@@ -206,6 +162,7 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
     def see(self, x: Tensor, point: Point, batch: Batch) -> None:
         """Look through the lens at a layer."""
         asked = batch.once(("lens", "asked"), lambda: self._asked(batch))
+        x = x if self._tuned is None else self._tuned.translate(x, point.layer)
         seen = self._lens.see(x, asked, ranks=1)
         layers: dict[int, Seen] = batch.once(("lens", "seen", id(self)), dict)
         layers[point.layer] = seen

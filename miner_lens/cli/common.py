@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +18,23 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or organism name.")]
 
 
-def data_set(name: str, limit: int | None) -> Any:
-    """A data set by its name, or by its name and what is asked about: easy-vqa:text."""
+def data_set(name: str, limit: int | None, root: Path | None = None) -> Any:
+    """A data set by its name, or by its name and what is asked about: easy-vqa:text.
+
+    With a root it is read from the folder of its name there.
+    """
     import miner_lens as ml
 
     name, _, ask = name.partition(":")
-    return ml.datasets.load(name, limit=limit, ask=ask or None)
+    path = None if root is None else root / name
+    return ml.datasets.load(name, limit=limit, ask=ask or None, path=path)
+
+
+def asked_sets(names: Sequence[str], limit: int | None, root: Path | None = None) -> dict[str, Any]:
+    """Data sets by what is asked about where that tells them apart, and else by their names."""
+    asked = [one.partition(":")[2] or one for one in names]
+    labels = asked if len(set(asked)) == len(asked) else names
+    return {label: data_set(one, limit, root) for label, one in zip(labels, names, strict=True)}
 
 
 def load(model: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from miner_lens import launchers
-from miner_lens.cli.common import Model, app, clear_errors, data_set, load
+from miner_lens.cli.common import Model, app, asked_sets, clear_errors, data_set, load
 
 PANEL = "What it shows"
 
@@ -57,11 +57,7 @@ def experiment(
             )
         if name == "transfer" and scores is not None:
             raise ValueError("transfer mines each data set by itself; leave --scores out.")
-        asked = [one.partition(":")[2] or one for one in data]
-        labels = asked if len(set(asked)) == len(asked) else data
-        sets = {
-            label: data_set(one, mined + limit) for label, one in zip(labels, data, strict=True)
-        }
+        sets = asked_sets(data, mined + limit)
         bridge = load(model)
         found: Any
         if scores is None:

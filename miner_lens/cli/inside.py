@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from miner_lens.cli.common import Model, app, clear_errors, data_set, load
+from miner_lens.cli.common import Model, app, asked_sets, clear_errors, data_set, load
 
 PANEL = "Inside the model"
 
@@ -44,6 +44,51 @@ def attribute(
                 f"{modality}: {reached['sum']:.4f} of {reached['difference']:.4f} nats "
                 f"(gap {reached['gap']:.2%})"
             )
+
+
+@app.command(rich_help_panel=PANEL)
+def compare(
+    model: Model,
+    data: Annotated[
+        list[str], typer.Argument(help="Data sets, such as easy-vqa:image easy-vqa:text.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the figure.")],
+    mined: Annotated[int, typer.Option(help="So many samples of each data set are mined.")] = 50,
+    limit: Annotated[int, typer.Option(help="So many others are tried.")] = 50,
+    ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder from which trials that were stopped continue.")
+    ] = None,
+) -> None:
+    """Hold MINER's five metrics against attribution: rankings, effects, specificity."""
+    from itertools import chain
+
+    import miner_lens as ml
+
+    with clear_errors():
+        sets, bridge = asked_sets(data, mined + limit), load(model)
+        first = list(chain.from_iterable(some[:mined] for some in sets.values()))
+        scores, attribution = ml.run(
+            bridge, first, ml.ImportanceAnalyzer(), ml.AttributionAnalyzer(), batch_size=batch_size
+        )
+        tried = {label: some[mined:] for label, some in sets.items()}
+        found = ml.experiments.metric_comparison(
+            bridge,
+            tried,
+            scores,
+            attribution,
+            ratio,
+            batch_size=batch_size,
+            checkpoint=checkpoint,
+        )
+        found.save(out / "comparison.safetensors")
+        found.frame.to_csv(out / "comparison.csv", index=False)
+        for name in ("agreement", "predictions", "specificity"):
+            getattr(found, name).to_csv(out / f"{name}.csv", index=False)
+            typer.echo(getattr(found, name).round(3).to_string(index=False))
+        found.figure().savefig(out / "comparison.png")
+        typer.echo(found.summary)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -97,27 +142,60 @@ def convergence(
 
 
 @app.command(rich_help_panel=PANEL)
+def reach(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="Folder for the measures, curves and figures.")],
+    limit: Annotated[int, typer.Option(help="So many samples.")] = 100,
+    shuffles: Annotated[int, typer.Option(help="Of the null.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Measure semantic probing and semantic telomeres, layer by layer, beside a null."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples, analyzer = data_set(data, limit), ml.SemanticReachAnalyzer(shuffles=shuffles)
+        found = ml.run(load(model), samples, analyzer, batch_size=batch_size)
+        found.save(out / "reach.safetensors")
+        curves = found.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        for measure in curves["measure"].unique():
+            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
+        typer.echo(repr(found))
+
+
+@app.command(rich_help_panel=PANEL)
 def flow(
     model: Model,
     data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa.")],
     out: Annotated[Path, typer.Option(help="Folder for the trials, curves and figures.")],
     modality: Annotated[list[str], typer.Option(help="Whose tokens are cut off.")] = ["image"],  # noqa: B006
     window: Annotated[int, typer.Option(help="So many layers are cut together.")] = 3,
+    neurons: Annotated[
+        list[Path] | None, typer.Option(help="Neuron files; off while it is measured.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
 ) -> None:
-    """Cut attention from the last token to a modality, by windows of layers."""
+    """Cut attention from the last token to a modality, and hold its gradient beside that."""
+    from contextlib import nullcontext
+
     import miner_lens as ml
 
     with clear_errors():
-        samples = data_set(data, limit)
-        found = ml.information_flow(load(model), samples, modality, window, batch_size)
-        found.save(out / "flow.safetensors")
-        curves = found.curves()
-        curves.to_csv(out / "curves.csv", index=False)
-        for measure in curves["measure"].unique():
-            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
-        typer.echo(repr(found))
+        samples, bridge = data_set(data, limit), load(model)
+        off = {str(path): ml.NeuronSet.load(path) for path in neurons or ()}
+        with ml.ablate(bridge, off) if off else nullcontext():
+            cut = ml.information_flow(bridge, samples, modality, window, batch_size)
+            analyzer = ml.AttentionFlowAnalyzer()
+            paid = ml.run(bridge, samples, analyzer, batch_size=batch_size)
+        for name, found in (("flow", cut), ("attention", paid)):
+            found.save(out / f"{name}.safetensors")
+            curves = found.curves()
+            curves.to_csv(out / f"{name}.csv", index=False)
+            for measure in curves["measure"].unique():
+                ml.plots.curves(curves, measure).savefig(out / f"{name}-{measure}.png")
+            typer.echo(repr(found))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -152,6 +230,9 @@ def lens(
     model: Model,
     data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa or easy-vqa:both.")],
     out: Annotated[Path, typer.Option(help="Folder for what it shows.")],
+    tuned: Annotated[
+        Path | None, typer.Option(help="A lens that `tune-lens` saved; else the plain one.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="So many samples.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
 ) -> None:
@@ -160,7 +241,8 @@ def lens(
 
     with clear_errors():
         samples = data_set(data, limit)
-        seen = ml.run(load(model), samples, ml.LogitLensAnalyzer(), batch_size=batch_size)
+        analyzer = ml.LogitLensAnalyzer(None if tuned is None else ml.TunedLens.load(tuned))
+        seen = ml.run(load(model), samples, analyzer, batch_size=batch_size)
         seen.save(out / "lens.safetensors")
         curves = seen.curves()
         curves.to_csv(out / "curves.csv", index=False)
@@ -170,6 +252,36 @@ def lens(
         for modality, found in seen.stages().items():
             ends = [f"{layer} [{low}, {high}]" for layer, low, high in zip(*found, strict=True)]
             typer.echo(f"{modality}: entropy changes course at {', '.join(ends) or 'no layer'}")
+
+
+@app.command(rich_help_panel=PANEL)
+def tune_lens(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A data set, such as easy-vqa:both.")],
+    out: Annotated[Path, typer.Option(help="Folder for the lens and what it is worth.")],
+    limit: Annotated[int, typer.Option(help="So many samples to fit it to.")] = 200,
+    tried: Annotated[int, typer.Option(help="So many others to try it on.")] = 50,
+    ridge: Annotated[float, typer.Option(help="How strongly it is held to the plain lens.")] = 0.01,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 8,
+) -> None:
+    """Fit a tuned lens, and hold it and the plain one against the last layer, on other data."""
+    import miner_lens as ml
+
+    with clear_errors():
+        samples, bridge = data_set(data, limit + tried), load(model)
+        analyzer = ml.TunedLensAnalyzer(ridge)
+        tuned = ml.run(bridge, samples[:limit], analyzer, batch_size=batch_size)
+        tuned.save(out / "lens.safetensors")
+        typer.echo(repr(tuned))
+        test = ml.LensDivergenceAnalyzer(tuned)
+        found = ml.run(bridge, samples[limit:], test, batch_size=batch_size)
+        found.save(out / "divergence.safetensors")
+        curves = found.curves()
+        curves.to_csv(out / "curves.csv", index=False)
+        curves["line"] = curves["modality"] + ", " + curves["measure"]
+        table = curves.drop(columns="measure")
+        ml.plots.curves(table, "KL to the last layer (nats)", by="line").savefig(out / "curves.png")
+        typer.echo(repr(found))
 
 
 @app.command(rich_help_panel=PANEL)

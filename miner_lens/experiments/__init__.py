@@ -13,6 +13,13 @@ from miner_lens.experiments.evaluate import Evaluation, evaluate
 from miner_lens.experiments.evaluation import accuracy, answers
 from miner_lens.experiments.flow import InformationFlow, information_flow
 from miner_lens.experiments.layers import LayerDistribution, layer_distribution
+from miner_lens.experiments.metric_comparison import (
+    MetricComparison,
+    comparison_plan,
+    metric_comparison,
+    read_comparison,
+)
+from miner_lens.experiments.mmneuron import DATA_SETS, MMNeuron, mmneuron
 from miner_lens.experiments.necessity import Necessity, necessity, necessity_plan, read_necessity
 from miner_lens.experiments.overlap import Overlap, overlap
 from miner_lens.experiments.patching import Patching, activation_patching, counterfactuals
@@ -38,6 +45,7 @@ from miner_lens.experiments.trials import Condition, trials
 from miner_lens.experiments.values import AblationValues, ablation_values, read_values, value_plan
 
 __all__ = [
+    "DATA_SETS",
     "Ablation",
     "AblationTable",
     "AblationValues",
@@ -47,6 +55,8 @@ __all__ = [
     "Evaluation",
     "InformationFlow",
     "LayerDistribution",
+    "MMNeuron",
+    "MetricComparison",
     "Necessity",
     "NeuronCard",
     "Overlap",
@@ -67,18 +77,22 @@ __all__ = [
     "answers",
     "attention_effect",
     "card",
+    "comparison_plan",
     "counterfactuals",
     "domain_matrix",
     "evaluate",
     "grid_plan",
     "information_flow",
     "layer_distribution",
+    "metric_comparison",
+    "mmneuron",
     "necessity",
     "necessity_plan",
     "overlap",
     "ratio_plan",
     "ratio_sweep",
     "read_ablation",
+    "read_comparison",
     "read_grid",
     "read_necessity",
     "read_ratios",

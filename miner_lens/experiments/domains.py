@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -179,6 +180,7 @@ def domain_matrix(
     seeds: int = 3,
     batch_size: int = 16,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> DomainMatrix:
     """Switch off each domain's neurons, in any combination of sites, and try every domain.
 
@@ -197,6 +199,7 @@ def domain_matrix(
         seeds: Of the controls.
         batch_size: Samples in one forward pass.
         progress: Whether to show a progress bar.
+        checkpoint: A folder from which trials that were stopped continue, as for `ml.trials`.
 
     Raises:
         ValueError: No neurons at all, two selections of one site, a combination with a site that is
@@ -235,7 +238,7 @@ def domain_matrix(
     if not rows:
         raise ValueError("No domain has any neurons, so there is nothing to switch off.")
     samples = labelled(data) if isinstance(data, Mapping) else data
-    table = trials(model, samples, conditions, batch_size, progress)
+    table = trials(model, samples, conditions, batch_size, progress, checkpoint=checkpoint)
     if None in table.labels:
         raise ValueError(
             "A sample has no label, so nobody knows its domain. Give data sets by name, "

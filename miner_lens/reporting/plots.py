@@ -42,7 +42,8 @@ def curves(table: pd.DataFrame, measure: str, by: str = "modality") -> Figure:
 
     Args:
         table: Columns `layer`, `mean`, `low`, `high` and that of `by`, such as the `curves()` of a
-            result; rows of other measures are left out where there is a column `measure`.
+            result; rows of other measures are left out where there is a column `measure`, and a
+            `null` is a dotted line.
         measure: The measure.
         by: The column that tells lines apart.
     """
@@ -54,6 +55,8 @@ def curves(table: pd.DataFrame, measure: str, by: str = "modality") -> Figure:
         panel.fill_between(
             line["layer"], line["low"], line["high"], color=drawn.get_color(), alpha=0.15
         )
+        if "null" in line:
+            panel.plot(line["layer"], line["null"], ":", color=drawn.get_color())
     panel.set(xlabel="layer", ylabel=measure)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)

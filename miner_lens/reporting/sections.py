@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from miner_lens.analyzers.lens import LogitLens
 from miner_lens.experiments.card import NeuronCard
 from miner_lens.experiments.flow import InformationFlow
 from miner_lens.experiments.limits import limits
@@ -18,7 +17,9 @@ from miner_lens.experiments.statistics import costs
 from miner_lens.experiments.table import Trials
 from miner_lens.models.result import Result
 from miner_lens.reporting import plots
+from miner_lens.scoring.sample_curves import SampleCurves
 from miner_lens.scoring.selection import Selection
+from miner_lens.scoring.semantic_reach import SemanticReach
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +74,7 @@ def section(name: str, result: Any) -> Section:
         tables, figures = {"overview": _indexed(result.overview())}, {}
         if isinstance(result, Selection) and result:
             figures = {"neurons by layer": plots.neurons_by_layer(result)}
-        if isinstance(result, LogitLens | InformationFlow | Patching):
+        if isinstance(result, SampleCurves | InformationFlow | Patching | SemanticReach):
             curves = result.curves()
             tables |= {"curves": curves}
             figures = dict(_curves(curves))

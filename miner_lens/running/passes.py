@@ -103,7 +103,9 @@ def forward(
     count: int | None = 1 + max(map(len, batch.answers), default=0)
     if any(analyzer.needs_logits for analyzer in analyzers) or callable(objective):
         count = None
-    towers = [tower.tower.module(hf_model) for tower in batch.towers.values()]
+    wanted = {p.site for one in analyzers if one.needs_gradients for p in one.reading}
+    read = (tower for site, tower in batch.towers.items() if site in wanted)
+    towers = [tower.tower.module(hf_model) for tower in read]
     grad = torch.no_grad() if objective is None else differentiable(hf_model, towers)
     try:
         with grad, model.hooks(fwd_hooks=hooks), last_logits(hf_model, count) as options:

@@ -5,5 +5,15 @@ from miner_lens.scoring.hidden_states import HiddenStates
 from miner_lens.scoring.kinds import NeuronKinds
 from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.selection import Selection
+from miner_lens.scoring.semantic_reach import SemanticReach
+from miner_lens.scoring.tuned_lens import TunedLens
 
-__all__ = ["DomainCounts", "HiddenStates", "ImportanceScores", "NeuronKinds", "Selection"]
+__all__ = [
+    "DomainCounts",
+    "HiddenStates",
+    "ImportanceScores",
+    "NeuronKinds",
+    "Selection",
+    "SemanticReach",
+    "TunedLens",
+]

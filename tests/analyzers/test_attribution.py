@@ -223,3 +223,19 @@ def test_what_cannot_be(shapes: Any, samples: Any) -> None:
     with pytest.raises(RuntimeError, match=r"No gradient .* has come to blocks\.0\.mlp"):
         attribute(shapes, samples[:1])
     handle.remove()
+
+
+def test_gradients_reach_no_tower_that_is_only_read(shapes: Any) -> None:
+    data = ml.datasets.load("easy-vqa", limit=2)
+    (point, *_) = ml.activation_points(shapes, "vision")
+    reached: list[bool] = []
+
+    def look(x: torch.Tensor, hook: Any) -> None:
+        reached.append(x.requires_grad)
+
+    for site, there in (("llm", False), ("vision", True)):
+        analyzers = (ml.AttributionAnalyzer(site=site), ml.DomainAnalyzer("vision"))
+        with shapes.hooks(fwd_hooks=[(point.name, look)]):
+            ml.run(shapes, {"images": data}, *analyzers, batch_size=2, progress=False)
+        assert reached.pop() is there
+    assert not reached

@@ -16,6 +16,7 @@ import torch
 
 import miner_lens as ml
 from miner_lens.experiments.limits import limits
+from miner_lens.reporting.sections import section
 from tests.reporting.browser import ENTER, TAB, THERE, browser
 
 # Where to leave screenshots for somebody to look at.
@@ -201,3 +202,15 @@ def test_bad_reports(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="is a folder"):
         ml.report([pd.DataFrame()], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_of_samples_are_drawn() -> None:
+    values = torch.rand(3, 4, 2, 2)
+    counts = torch.ones(3, 2, dtype=torch.long)
+    flow = section("flow", ml.AttentionFlow(values, counts, ("text", "image")))
+    assert list(flow.figures) == ["effect", "saliency"]
+    assert len(flow.tables["curves"]) == 4 * 2 * 2
+    reach = ml.SemanticReach(
+        {"probing/image": torch.rand(3, 4, 6)}, {"probing/image": torch.arange(3)}
+    )
+    assert list(section("reach", reach).figures) == ["probing"]
