@@ -17,8 +17,10 @@ from miner_lens.experiments.necessity import Necessity, necessity, necessity_pla
 from miner_lens.experiments.overlap import Overlap, overlap
 from miner_lens.experiments.patching import Patching, activation_patching, counterfactuals
 from miner_lens.experiments.plan import Ablation, Plan
+from miner_lens.experiments.protocol import MINER, Protocol, Source, reproduce
 from miner_lens.experiments.ratio_sweep import RatioSweep, ratio_plan, ratio_sweep, read_ratios
 from miner_lens.experiments.recovery import Recovery, recovery
+from miner_lens.experiments.result import Finding
 from miner_lens.experiments.selection_grid import (
     SelectionGrid,
     grid_plan,
@@ -38,6 +40,7 @@ from miner_lens.experiments.trials import Condition, trials
 from miner_lens.experiments.values import AblationValues, ablation_values, read_values, value_plan
 
 __all__ = [
+    "MINER",
     "Ablation",
     "AblationTable",
     "AblationValues",
@@ -45,6 +48,7 @@ __all__ = [
     "Condition",
     "DomainMatrix",
     "Evaluation",
+    "Finding",
     "InformationFlow",
     "LayerDistribution",
     "Necessity",
@@ -52,9 +56,11 @@ __all__ = [
     "Overlap",
     "Patching",
     "Plan",
+    "Protocol",
     "RatioSweep",
     "Recovery",
     "SelectionGrid",
+    "Source",
     "Specificity",
     "Stability",
     "Transfer",
@@ -86,6 +92,7 @@ __all__ = [
     "read_transfer",
     "read_values",
     "recovery",
+    "reproduce",
     "selection_grid",
     "specificity",
     "specificity_plan",
