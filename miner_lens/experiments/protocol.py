@@ -135,7 +135,7 @@ class Protocol:
         Raises:
             ValueError: As `select`.
         """
-        how = {"strategy": self.strategy, "seeds": self.seeds}
+        how: dict[str, Any] = {"strategy": self.strategy, "seeds": self.seeds}
         return {
             "ablation-table": (ablation_plan(scores, self.ratio, **how), read_ablation),
             "ratio-sweep": (ratio_plan(scores, self.ratios, **how), read_ratios),
