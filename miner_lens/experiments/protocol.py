@@ -231,7 +231,7 @@ def reproduce(
     chosen = scores.select(protocol.ratio, protocol.strategy)
     results: dict[str, Any] = {"scores": scores, "neurons": chosen}
     results |= {"layers": layer_distribution(chosen), "overlap": overlap(chosen)}
-    judge = _Judge(tuple((source.label, source.metric) for source in sources))
+    judge = ByLabel(tuple((source.label, source.metric) for source in sources))
     for name, (plan, read) in protocol.plans(scores).items():
         table = trials(
             model,
@@ -252,8 +252,12 @@ def reproduce(
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """How right an answer is, by the metric of the data set that a sample's label names."""
+class ByLabel:
+    """How right an answer is, by the metric of the data set that a sample's label names.
+
+    Attributes:
+        metrics: Labels, each with a metric's name.
+    """
 
     metrics: tuple[tuple[str, str], ...]
 

@@ -63,7 +63,7 @@ def test_data_come_from_the_root_or_the_hub(
 
 
 def test_each_data_set_has_its_own_metric() -> None:
-    judge = protocol._Judge((("a", "exact_match"), ("b", "containment")))
+    judge = protocol.ByLabel((("a", "exact_match"), ("b", "containment")))
     samples = [ml.Sample((), "red", "q", label=label) for label in "ab"]
     assert [judge(sample, "dark red") for sample in samples] == [0.0, 1.0]
 
