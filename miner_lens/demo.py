@@ -20,7 +20,7 @@ from miner_lens.experiments.statistics import Comparison
 from miner_lens.experiments.trials import Condition, trials
 from miner_lens.models.loading import load
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.reporting import findings, plots
+from miner_lens.reporting import findings, plots, report
 from miner_lens.scoring.scores import ImportanceScores
 
 RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)
@@ -92,9 +92,10 @@ def run_demo(
 
     Args:
         organism: One of `ORGANISMS`.
-        out: Folder for scores, neuron sets, tables and figures; made if needed. `trials.csv.gz` has
-            a row for each question and condition (`correct`: the answer begins right), and
-            `ended.csv.gz` one for those at the shown ratio (`correct`: it also ends there).
+        out: Folder for scores, neuron sets, tables, figures and `report.html`; made if needed.
+            `trials.csv.gz` has a row for each question and condition (`correct`: the answer begins
+            right), and `ended.csv.gz` one for those at the shown ratio (`correct`: it also ends
+            there).
             `summary.csv`, `controls.csv` and `specificity.csv` are what `experiments.statistics`
             makes of the former.
         samples: How many questions to ask in each input modality.
@@ -127,15 +128,16 @@ def run_demo(
 
     plans = {ask: list(plan(scores, ask)) for ask in data}
     console.print(LEFT_OUT.format(shown=SHOWN_RATIO))
-    tried, ended = [], []
+    tried, ended = {}, []
     for ask, some in data.items():
         conditions = [one for ablation in plans[ask] for one in ablation.conditions]
         labelled = [replace(sample, label=ask) for sample in some]
         intact = Condition("intact")
-        tried.append(trials(model, labelled, [intact, *conditions], metric="begins").to_frame())
+        tried[ask] = trials(model, labelled, [intact, *conditions], metric="begins")
         msns = [one for one in conditions if one.name.endswith(named("MSNs", SHOWN_RATIO))]
         ended.append(trials(model, labelled, [intact, *msns]).to_frame())
-    tables = [pd.concat(each, ignore_index=True) for each in (tried, ended)]
+    begun_right = [table.to_frame() for table in tried.values()]
+    tables = [pd.concat(each, ignore_index=True) for each in (begun_right, ended)]
     results = Results.of(tables[0], tables[1], plans)
     results.save(out)
     plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
@@ -143,8 +145,18 @@ def run_demo(
         console.print(findings.cost_table(results.summary, ask))
     for sentence in results.findings():
         console.print(sentence)
+    shown = {
+        "scores": scores,
+        "neurons": chosen,
+        **{f"asked about the {ask}": table for ask, table in tried.items()},
+        "costs": results.summary,
+        "beside controls": results.controls,
+        "specificity": results.specificity,
+    }
+    page = report(shown, out / "report.html", f"miner-lens demo on {organism}")
     took = time.perf_counter() - begun
     console.print(f"That took {took:.0f} s. Tables, figures and neurons are in {out}/.")
+    console.print(f"The report is {page}: open it in a browser.", soft_wrap=True)
     return results.summary
 
 

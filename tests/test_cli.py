@@ -33,6 +33,7 @@ def test_help_lists_the_commands() -> None:
         "patch",
         "neuron",
         "experiment",
+        "report",
     )
     assert all(name in shown for name in (*names, *more))
 
@@ -266,6 +267,7 @@ def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.Mo
         f"Switching off {medium} MSNs at 2.0% costs {medium} questions 0.",
         "said of all 20 comparisons together",
         "That took",
+        "The report is",
     ):
         assert (sentence in shown) == ("text, switching off " + medium not in sentence)
     assert [path.name for path in tmp_path.iterdir()] == [organism]
@@ -295,6 +297,10 @@ def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(pd.read_csv(out / "specificity.csv")) == 4
     for name in ("accuracy", "logprob", "neurons"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert f"miner-lens demo on {organism}" in page
+    for name in ("scores", "neurons", f"asked about the {medium}", "asked about the text", "costs"):
+        assert f">{name}<" in page
     loaded = ml.NeuronSet.load(out / f"neurons-{medium}.safetensors")
     scores = ml.ImportanceScores.load(out / "scores.safetensors")
     assert loaded == scores.select(0.02)[medium]

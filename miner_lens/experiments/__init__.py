@@ -24,8 +24,10 @@ from miner_lens.experiments.necessity import Necessity, necessity, necessity_pla
 from miner_lens.experiments.overlap import Overlap, overlap
 from miner_lens.experiments.patching import Patching, activation_patching, counterfactuals
 from miner_lens.experiments.plan import Ablation, Plan
+from miner_lens.experiments.protocol import MINER, Protocol, Source, reproduce
 from miner_lens.experiments.ratio_sweep import RatioSweep, ratio_plan, ratio_sweep, read_ratios
 from miner_lens.experiments.recovery import Recovery, recovery
+from miner_lens.experiments.result import Finding
 from miner_lens.experiments.selection_grid import (
     SelectionGrid,
     grid_plan,
@@ -46,6 +48,7 @@ from miner_lens.experiments.values import AblationValues, ablation_values, read_
 
 __all__ = [
     "DATA_SETS",
+    "MINER",
     "Ablation",
     "AblationTable",
     "AblationValues",
@@ -53,6 +56,7 @@ __all__ = [
     "Condition",
     "DomainMatrix",
     "Evaluation",
+    "Finding",
     "InformationFlow",
     "LayerDistribution",
     "MMNeuron",
@@ -62,9 +66,11 @@ __all__ = [
     "Overlap",
     "Patching",
     "Plan",
+    "Protocol",
     "RatioSweep",
     "Recovery",
     "SelectionGrid",
+    "Source",
     "Specificity",
     "Stability",
     "Transfer",
@@ -100,6 +106,7 @@ __all__ = [
     "read_transfer",
     "read_values",
     "recovery",
+    "reproduce",
     "selection_grid",
     "specificity",
     "specificity_plan",

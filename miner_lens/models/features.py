@@ -55,7 +55,7 @@ class Features:
         @wraps(compute)
         def kept(*args: Any, **kwargs: Any) -> Any:
             for known, named, result in calls:
-                if _equal(known, args) and _equal(named, kwargs):
+                if equal(known, args) and equal(named, kwargs):
                     return result
             result = compute(*args, **kwargs)
             calls.append((args, kwargs, result))
@@ -82,7 +82,7 @@ def _computing(hf_model: Any, modality: str) -> Iterator[tuple[Any, str]]:
         yield encoder, "forward"
 
 
-def _equal(one: Any, other: Any) -> bool:
+def equal(one: Any, other: Any) -> bool:
     """Whether arguments are the same, tensors element by element."""
     if one is other:
         return True
@@ -90,7 +90,7 @@ def _equal(one: Any, other: Any) -> bool:
         alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
         return alike and one.device == other.device and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other)

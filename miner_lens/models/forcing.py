@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.utils import ModelOutput
 
 from miner_lens.data.metrics import require_answers
 from miner_lens.data.sample import Sample
@@ -76,7 +75,7 @@ def answered(hf_model: Any, prompt: Inputs, answer: Int[Tensor, "batch pos"]) ->
         if name != "input_ids" and isinstance(value, Tensor) and value.shape == ids.shape
     }
     for _ in range(answer.shape[1]):
-        longer = hf_model._update_model_kwargs_for_generation(ModelOutput(), longer)
+        longer = hf_model._update_model_kwargs_for_generation({}, longer)  # of no output
     length = ids.shape[1] + answer.shape[1]
     longer = {name: pad(value, (0, length - value.shape[1])) for name, value in longer.items()}
     return prompt | longer | {"input_ids": torch.cat([ids, answer.to(ids)], dim=1)}

@@ -82,7 +82,7 @@ def test_what_cannot_be(shapes: Any, data: Any, tmp_path: Path) -> None:
 
 def test_by_the_command(tmp_path: Path) -> None:
     small = ["--limit", 4, "--tried", 2, "--seeds", 1, "--top-rate", 0.05, "--out", tmp_path]
-    arguments = ["reproduce", "mmneuron", "shapes", *small]
+    arguments = ["reproduce", "mmneuron", "--model", "shapes", *small]
     shown = CliRunner().invoke(app, list(map(str, arguments)))
     assert shown.exit_code == 0, shown.output
     assert "On digits, entropy changes course" in shown.output

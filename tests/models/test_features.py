@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import miner_lens as ml
-from miner_lens.models.features import Features, _equal
+from miner_lens.models.features import Features, equal
 from miner_lens.models.sites import Tower, sites
 from tests.families import Inputs
 from tests.parts import FAMILIES
@@ -66,6 +66,6 @@ def test_arguments_are_equal_element_by_element() -> None:
     ones = torch.ones(2)
     same = [(ones, ones.clone()), ([1, {"a": ones}], [1, {"a": ones.clone()}]), (None, None)]
     other = [(ones, ones.double()), (ones, None), (ones, torch.ones(3)), ([1], [1, 2]), (1, 2)]
-    assert all(_equal(*pair) for pair in same)
-    assert not any(_equal(*pair) for pair in other)
-    assert not _equal({"a": 1}, {"b": 1})
+    assert all(equal(*pair) for pair in same)
+    assert not any(equal(*pair) for pair in other)
+    assert not equal({"a": 1}, {"b": 1})

@@ -1,4 +1,4 @@
-"""The papers' protocols in one command each: here MMNeuron's."""
+"""A paper's experiments, whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from miner_lens import launchers
-from miner_lens.cli.common import Model, app, asked_sets, clear_errors, load
+from miner_lens.cli.common import app, asked_sets, clear_errors, load
+from miner_lens.cli.experiments import PANEL
 
-PANEL = "What it shows"
+MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 # What stands in for the paper's data sets where the model is a small one that ships.
 OWN_DOMAINS = {
     "shapes": ("easy-vqa", "digits"),
@@ -30,9 +31,35 @@ def papers() -> None:
 
 
 @reproduce.command()
+def miner(
+    out: Annotated[Path, typer.Option(help="Folder for everything; continued if stopped.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or organism.")] = MODEL,
+    limit: Annotated[int | None, typer.Option(help="So many samples of each data set.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the data sets' folders; others: from the hub.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+) -> None:
+    """Mine, select, switch off: MINER's tables and figures, and a report."""
+    import miner_lens as ml
+    from miner_lens.experiments.protocol import MINER, STAND_INS
+
+    with clear_errors():
+        protocol = MINER.on(model) if model in STAND_INS else MINER
+        results = ml.experiments.reproduce(load(model), protocol, out, limit, data_root, batch_size)
+        if launchers.rank() > 0:  # all ranks have them
+            return
+        for result in results.values():
+            if isinstance(result, ml.experiments.Finding):
+                typer.echo(result.summary)
+        page = ml.report(results, out / "report.html", f"{protocol.name} on {model}")
+    typer.echo(f"The report is {page}.")
+
+
+@reproduce.command()
 def mmneuron(
-    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for all files; continued if it has some.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or organism.")] = MODEL,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Data sets, each a domain; by default the paper's, or an organism's."),
