@@ -294,7 +294,8 @@ def costs(frame: pd.DataFrame, about: Sequence[str]) -> str:
     rows = shown[frame["neurons"] > 0]
     wide = rows.pivot_table("cost", about, ["label", "measure"], "first", sort=False)
     wide.columns = [f"{measure}, asked about the {label}" for label, measure in [*wide.columns]]
-    return f"Intact, {said}. What is lost:\n\n{wide.reset_index().to_markdown(index=False)}"
+    before = f"Intact, {said}. " if said else ""
+    return f"{before}What is lost:\n\n{wide.reset_index().to_markdown(index=False)}"
 
 
 def main() -> None:

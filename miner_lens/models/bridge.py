@@ -330,11 +330,17 @@ def _attach_experts(mlp: Any) -> bool:
 
 
 def has_adapter(architecture: str) -> bool:
-    """Whether TransformerLens or an installed package has an adapter for a model class."""
+    """Whether TransformerLens or an installed package has an adapter for a model class.
+
+    One that was registered because another such model has been read is none.
+    """
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
+    from miner_lens.models.adapter import ReadArchitectureAdapter
+
     ArchitectureAdapterFactory.discover_entry_points()
-    return architecture in ArchitectureAdapterFactory._adapters
+    known = ArchitectureAdapterFactory._adapters.get(architecture)
+    return known is not None and known is not ReadArchitectureAdapter
 
 
 def require_class(architecture: str) -> None:

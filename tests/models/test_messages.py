@@ -203,6 +203,7 @@ def loaded(plain: Any, processor: Any, image: str, folder: Path) -> Any:
     processor.chat_template = TEMPLATE.replace("IMAGE", image)
     for part in (plain, processor):
         part.save_pretrained(folder)
+    ml.load(folder, device="cpu")  # what was read of the first does not change how others load
     return ml.load(folder, device="cpu")
 
 

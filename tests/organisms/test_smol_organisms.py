@@ -76,7 +76,7 @@ def test_all_but_attention_is_smollm2_s(name: str) -> None:
     after = load_file(organisms.path(name) / "model.safetensors")
     same = 0
     for key, tensor in after.items():
-        _, _, inner = key.partition("language_model.")
+        _, _, inner = key.rpartition("language_model.")
         theirs = before.get(f"model.{inner.removeprefix('model.')}")
         if theirs is not None and ".self_attn." not in key:
             assert torch.equal(tensor, theirs), key
