@@ -110,7 +110,6 @@ def ratios(lab: Lab) -> str:
 
 def specific(lab: Lab) -> str:
     """Which selection is most specific, at equal size."""
-    size = int(lab.scores.layers * lab.scores.neurons * RATIO) // len(lab.scores.modalities)
     rows, lines = [], []
     selections: list[tuple[str, ml.ImportanceScores, str]] = [
         (f"MINER, {name}", lab.scores, name)
@@ -151,7 +150,7 @@ def specific(lab: Lab) -> str:
 
 def grid(lab: Lab) -> str:
     """Metrics and strategies."""
-    few = {ask: some[:32] for ask, some in lab.tried.items()}
+    few = {ask: some[:16] for ask, some in lab.tried.items()}
     found = ml.experiments.selection_grid(
         lab.model, few, lab.scores, RATIO, batch_size=BATCH, metric="begins"
     )
@@ -168,7 +167,7 @@ def values(lab: Lab) -> str:
 
 def needed(lab: Lab) -> str:
     """Deletion and insertion curves."""
-    few = {ask: some[:32] for ask, some in lab.tried.items()}
+    few = {ask: some[:16] for ask, some in lab.tried.items()}
     found = ml.experiments.necessity(
         lab.model, few, lab.scores, lab.subject.inputs, seeds=[0], batch_size=BATCH, metric="begins"
     )
@@ -226,7 +225,7 @@ def convergence(lab: Lab) -> str:
 def flow(lab: Lab) -> str:
     """Attention of the last token cut off from a modality, by windows of layers."""
     medium = lab.subject.inputs[0]
-    few = lab.tried[medium][:32]
+    few = lab.tried[medium][:16]
     found = ml.information_flow(lab.model, few, [medium, "text"], 6, BATCH)
     curves = found.curves()
     shown = curves[curves["measure"] == "logprob"] if "measure" in curves else curves

@@ -86,7 +86,7 @@ def named(off: str, ratio: float) -> str:
 
 
 def run_demo(
-    organism: str, out: Path, samples: int = 48, console: Console | None = None
+    organism: str, out: Path, samples: int = 40, console: Console | None = None
 ) -> pd.DataFrame:
     """Mine an organism on its data set's test split, switch neurons off, say what that shows.
 

@@ -16,7 +16,7 @@ PANEL = "The method"
 @app.command(rich_help_panel=PANEL)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
-    samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 48,
+    samples: Annotated[int, typer.Option(help="Questions in each input modality.")] = 40,
     organism: Annotated[
         str | None,
         typer.Option(
