@@ -143,9 +143,7 @@ def specific(lab: Lab) -> str:
             for off, line in matrix.iterrows()
         ]
     tables = [pd.DataFrame(part).to_markdown(index=False) for part in (rows, lines)]
-    return (
-        f"A budget of {size} neurons for each modality.\n\n{tables[0]}\n\nIn nats:\n\n{tables[1]}"
-    )
+    return f"{tables[0]}\n\nIn nats:\n\n{tables[1]}"
 
 
 def grid(lab: Lab) -> str:
@@ -265,16 +263,16 @@ PARTS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
     "controls": ("MSNs beside their controls, 2 %", controls),
     "ratios": ("How many neurons", ratios),
     "specific": ("Are they specific?", specific),
-    "grid": ("Metrics and strategies", grid),
+    "grid": ("Metrics and strategies (16 questions)", grid),
     "values": ("What is written in their place", values),
-    "needed": ("Necessary, and sufficient?", needed),
+    "needed": ("Necessary, and sufficient? (16 questions)", needed),
     "selected": ("Shared, where, and stable?", selected),
     "attention": ("Do the attention metrics add anything?", attention),
     "domains": ("Domain neurons", domains),
     "lens": ("Logit lens", lens),
     "convergence": ("Do modalities converge?", convergence),
-    "flow": ("Information flow to the last token", flow),
-    "patching": ("Patching", patching),
+    "flow": ("Information flow to the last token (16 questions)", flow),
+    "patching": ("Patching (16 pairs)", patching),
 }
 
 
