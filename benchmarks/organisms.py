@@ -318,10 +318,10 @@ def main() -> None:
             print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)
     page = [
         f"# {options.organism}: what the experiments say\n\nEvery number here is written by "
-        f"`python -m benchmarks.organisms {options.organism}`: {options.mined} questions of "
-        f"{lab.subject.data} through each input modality are mined, {options.tried} others tried. "
-        "`correct`: greedy decoding begins with the answer. Intervals are 95 % bootstrap intervals "
-        "over questions.\n"
+        f"`python -m benchmarks.organisms {options.organism} --mined {options.mined} "
+        f"--tried {options.tried}`: {options.mined} questions of {lab.subject.data} through each "
+        f"input modality are mined, {options.tried} others tried. `correct`: greedy decoding "
+        "begins with the answer. Intervals are 95 % bootstrap intervals over questions.\n"
     ]
     for part, (title, _) in PARTS.items():
         if (file := folder / f"{part}.md").exists():
