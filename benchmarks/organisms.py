@@ -217,7 +217,7 @@ def convergence(lab: Lab) -> str:
     shown = curves[curves["layer"] % 5 == 0]
     pair = (shown["modality"] + " " + shown["other"]).str.strip()
     wide = shown.assign(pair=pair).pivot_table("mean", ["measure", "pair"], "layer", sort=False)
-    return f"{states!r}\n\n{wide.round(3).reset_index().to_markdown(index=False)}"
+    return f"{shown_as(states)}\n\n{wide.round(3).reset_index().to_markdown(index=False)}"
 
 
 def flow(lab: Lab) -> str:
@@ -227,7 +227,7 @@ def flow(lab: Lab) -> str:
     found = ml.information_flow(lab.model, few, [medium, "text"], 6, BATCH)
     curves = found.curves()
     shown = curves[curves["measure"] == "logprob"] if "measure" in curves else curves
-    return f"{found!r}\n\n{shown.round(3).to_markdown(index=False)}"
+    return f"{shown_as(found)}\n\n{shown.round(3).to_markdown(index=False)}"
 
 
 def patching(lab: Lab) -> str:
@@ -241,7 +241,7 @@ def patching(lab: Lab) -> str:
         "all": everything,
         "random, as all": ml.NeuronSet.random(len(everything), everything, seed=0),
     }
-    return repr(ml.activation_patching(lab.model, pairs, sets))
+    return shown_as(ml.activation_patching(lab.model, pairs, sets))
 
 
 def domains(lab: Lab) -> str:
@@ -256,7 +256,7 @@ def domains(lab: Lab) -> str:
     last = {name: some[lab.mined_count :] for name, some in every.items()}
     counts = ml.run(lab.model, labelled(first), ml.DomainAnalyzer(), batch_size=8)
     matrix = ml.domain_matrix(lab.model, labelled(last), counts.select(0.01))
-    return f"{matrix!r}\n\n{matrix.to_frame().round(3).to_markdown(index=False)}"
+    return f"{shown_as(matrix)}\n\n{matrix.to_frame().round(3).to_markdown(index=False)}"
 
 
 PARTS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
@@ -274,6 +274,11 @@ PARTS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
     "flow": ("Information flow to the last token (16 questions)", flow),
     "patching": ("Patching (16 pairs)", patching),
 }
+
+
+def shown_as(result: Any) -> str:
+    """What a result prints, as Markdown leaves it."""
+    return f"```\n{result!r}\n```"
 
 
 def costs(frame: pd.DataFrame, about: Sequence[str]) -> str:
