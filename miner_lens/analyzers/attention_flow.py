@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,6 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.modality import UNIONS
 from miner_lens.models.points import Point, pattern_points
 from miner_lens.running.analyzer import Analyzer
@@ -38,8 +37,6 @@ class AttentionFlow(SampleCurves):
 
     measures = (EFFECT, SALIENCY)
 
-    identity: ModelIdentity | None = None
-
     def __repr__(self) -> str:
         samples, layers = self.values.shape[:2]
         lines = [f"AttentionFlow({samples} samples, {layers} layers; mean effect in nats)"]
@@ -47,21 +44,6 @@ class AttentionFlow(SampleCurves):
             row = self.of(modality, EFFECT).mean(0).tolist()
             lines.append(f"{modality:<12}" + "".join(f" {value:7.3f}" for value in row))
         return "\n".join(lines)
-
-    def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-        """What a file of the flow holds."""
-        return {"values": self.values, "counts": self.counts}, {"modalities": self.modalities}
-
-    @classmethod
-    def from_parts(
-        cls,
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, Any],
-        identity: ModelIdentity | None,
-    ) -> AttentionFlow:
-        """The flow that a file holds."""
-        modalities = tuple(metadata["modalities"])
-        return cls(tensors["values"], tensors["counts"], modalities, identity)
 
 
 class AttentionFlowAnalyzer(Analyzer[AttentionFlow]):
@@ -140,7 +122,8 @@ class AttentionFlowAnalyzer(Analyzer[AttentionFlow]):
         if self.samples == 0:
             raise ValueError("No sample has been seen, so nothing has flowed.")
         names = tuple(name for name in self.occurrences if name not in UNIONS)
-        return AttentionFlow(self["values"].cpu(), self["counts"].cpu(), names, self.identity)
+        counts = self["counts"].cpu()
+        return AttentionFlow(self["values"].cpu(), counts, names, identity=self.identity)
 
     def _names(self, batch: Batch) -> list[str]:
         return [name for name in batch.masks if name not in UNIONS]

@@ -48,7 +48,6 @@ class LogitLens(SampleCurves):
 
     tops: Mapping[str, Int[Tensor, "token layer"]]
     vocabulary: Mapping[int, str]
-    identity: ModelIdentity | None = None
 
     def stages(
         self, measure: str = "entropy", most: int = 2, resamples: int = 1000, seed: int = 0
@@ -119,7 +118,7 @@ class LogitLens(SampleCurves):
             modalities,
             {name: tensors[f"tops/{name}"] for name in modalities if f"tops/{name}" in tensors},
             {int(token): text for token, text in metadata["vocabulary"].items()},
-            identity,
+            identity=identity,
         )
 
 
@@ -215,7 +214,7 @@ class LogitLensAnalyzer(Analyzer[LogitLens]):
             modalities,
             tops,
             dict(zip(known, words, strict=True)),
-            self.identity,
+            identity=self.identity,
         )
 
     def _asked(self, batch: Batch) -> Tensor:

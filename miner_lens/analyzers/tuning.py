@@ -12,7 +12,6 @@ from torch import Tensor
 from miner_lens.analyzers.reading import MOST_LOGITS, Lens
 from miner_lens.models.access import identity
 from miner_lens.models.generation import input_device
-from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.modality import UNIONS
 from miner_lens.models.points import Point, residual_points
 from miner_lens.running.analyzer import Analyzer
@@ -105,8 +104,6 @@ class LensDivergence(SampleCurves):
 
     measures = ("plain", "tuned")
 
-    identity: ModelIdentity | None = None
-
     def __repr__(self) -> str:
         samples, layers = self.values.shape[:2]
         lines = [f"LensDivergence({samples} samples, {layers} layers; mean KL in nats)"]
@@ -115,21 +112,6 @@ class LensDivergence(SampleCurves):
             name = f"{modality}, {measure}"
             lines.append(f"{name:<18}" + "".join(f" {value:7.3f}" for value in row))
         return "\n".join(lines)
-
-    def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-        """What a file of the result holds."""
-        return {"values": self.values, "counts": self.counts}, {"modalities": self.modalities}
-
-    @classmethod
-    def from_parts(
-        cls,
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, Any],
-        identity: ModelIdentity | None,
-    ) -> LensDivergence:
-        """The result that a file holds."""
-        modalities = tuple(metadata["modalities"])
-        return cls(tensors["values"], tensors["counts"], modalities, identity)
 
 
 class LensDivergenceAnalyzer(Analyzer[LensDivergence]):
@@ -194,7 +176,8 @@ class LensDivergenceAnalyzer(Analyzer[LensDivergence]):
         if self.samples == 0:
             raise ValueError("No sample has been seen, so no lens has been looked through.")
         names = tuple(name for name in self.occurrences if name not in UNIONS)
-        return LensDivergence(self["values"].cpu(), self["counts"].cpu(), names, self.identity)
+        counts = self["counts"].cpu()
+        return LensDivergence(self["values"].cpu(), counts, names, identity=self.identity)
 
     def _apart(self, held: Mapping[int, Tensor], places: range) -> Tensor:
         """The divergences at some positions, [sample pos layer lens]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -156,12 +156,7 @@ def reach(
     with clear_errors():
         samples, analyzer = data_set(data, limit), ml.SemanticReachAnalyzer(shuffles=shuffles)
         found = ml.run(load(model), samples, analyzer, batch_size=batch_size)
-        found.save(out / "reach.safetensors")
-        curves = found.curves()
-        curves.to_csv(out / "curves.csv", index=False)
-        for measure in curves["measure"].unique():
-            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
-        typer.echo(repr(found))
+        _show_curves(found, out, "reach", "curves")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -190,12 +185,7 @@ def flow(
             analyzer = ml.AttentionFlowAnalyzer()
             paid = ml.run(bridge, samples, analyzer, batch_size=batch_size)
         for name, found in (("flow", cut), ("attention", paid)):
-            found.save(out / f"{name}.safetensors")
-            curves = found.curves()
-            curves.to_csv(out / f"{name}.csv", index=False)
-            for measure in curves["measure"].unique():
-                ml.plots.curves(curves, measure).savefig(out / f"{name}-{measure}.png")
-            typer.echo(repr(found))
+            _show_curves(found, out, name, name, f"{name}-")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -243,12 +233,7 @@ def lens(
         samples = data_set(data, limit)
         analyzer = ml.LogitLensAnalyzer(None if tuned is None else ml.TunedLens.load(tuned))
         seen = ml.run(load(model), samples, analyzer, batch_size=batch_size)
-        seen.save(out / "lens.safetensors")
-        curves = seen.curves()
-        curves.to_csv(out / "curves.csv", index=False)
-        for measure in curves["measure"].unique():
-            ml.plots.curves(curves, measure).savefig(out / f"{measure}.png")
-        typer.echo(repr(seen))
+        _show_curves(seen, out, "lens", "curves")
         for modality, found in seen.stages().items():
             ends = [f"{layer} [{low}, {high}]" for layer, low, high in zip(*found, strict=True)]
             typer.echo(f"{modality}: entropy changes course at {', '.join(ends) or 'no layer'}")
@@ -314,3 +299,15 @@ def neuron(
             typer.echo(f"promotes {word!r} {value:+.2f}   suppresses {other!r} {less:+.2f}")
         for one in card.moments:
             typer.echo(f"{one.sample}: {one.value:.3f} at {one.tokens[one.peak]!r} ({one.peak})")
+
+
+def _show_curves(found: Any, out: Path, name: str, table: str, prefix: str = "") -> None:
+    """Save a result, its curves, and a figure of each measure; print it."""
+    import miner_lens as ml
+
+    found.save(out / f"{name}.safetensors")
+    curves = found.curves()
+    curves.to_csv(out / f"{table}.csv", index=False)
+    for measure in curves["measure"].unique():
+        ml.plots.curves(curves, measure).savefig(out / f"{prefix}{measure}.png")
+    typer.echo(repr(found))

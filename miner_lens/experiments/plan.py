@@ -166,6 +166,15 @@ def shown(frame: pd.DataFrame, label: str, measure: str, **about: Any) -> Any:
     return here.iloc[0] if len(here) else None
 
 
+def crossed(frame: pd.DataFrame, rows: str, measure: str) -> pd.DataFrame:
+    """Mean costs: a row for each value of a column that is not empty, a column for each label."""
+    here = frame[(frame["measure"] == measure) & (frame[rows] != "")]
+    table = here.pivot(index=rows, columns="label", values="cost")
+    table = table.loc[here[rows].unique(), here["label"].unique()]
+    table.columns.name = "asked"
+    return table
+
+
 def _done(one: Condition) -> Any:
     """What a condition does to the model, whatever it is called."""
     if isinstance(one.neurons, NeuronSet) and not one.neurons and not one.complement:

@@ -18,6 +18,7 @@ from miner_lens.experiments.plan import (
     Plan,
     Sets,
     Weights,
+    crossed,
     frame_of,
 )
 from miner_lens.experiments.resampling import ratio, ratio_interval
@@ -71,11 +72,7 @@ class Specificity(Finding):
 
     def matrix(self, measure: str = "logprob") -> pd.DataFrame:
         """Mean costs: a row for each set that is off, a column for each input modality."""
-        rows = self.frame[(self.frame["measure"] == measure) & (self.frame["off"] != "")]
-        table = rows.pivot(index="off", columns="label", values="cost")
-        table = table.loc[rows["off"].unique(), rows["label"].unique()]
-        table.columns.name = "asked"
-        return table
+        return crossed(self.frame, "off", measure)
 
     @property
     def summary(self) -> str:

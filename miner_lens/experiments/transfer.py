@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from miner_lens.experiments.figures import panels
-from miner_lens.experiments.plan import Ablation, Item, Options, Plan, Sets, Weights, said
+from miner_lens.experiments.plan import Ablation, Item, Options, Plan, Sets, Weights, crossed, said
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.stability import jaccard
 from miner_lens.experiments.table import Trials
@@ -33,11 +33,7 @@ class Transfer(Finding):
 
     def matrix(self, measure: str = "logprob") -> pd.DataFrame:
         """Mean costs: a row for each data set that was mined, a column for each that is asked."""
-        rows = self.frame[(self.frame["measure"] == measure) & (self.frame["mined"] != "")]
-        table = rows.pivot(index="mined", columns="label", values="cost")
-        table = table.loc[rows["mined"].unique(), rows["label"].unique()]
-        table.columns.name = "asked"
-        return table
+        return crossed(self.frame, "mined", measure)
 
     @property
     def summary(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.result import Result
 from miner_lens.scoring.curves import curve
 
@@ -25,6 +26,7 @@ class SampleCurves(Result):
         counts: How many tokens of the modality each sample has.
         modalities: Names of the third axis.
         measures: Names of the fourth axis.
+        identity: The model.
     """
 
     measures: ClassVar[tuple[str, ...]]
@@ -32,6 +34,7 @@ class SampleCurves(Result):
     values: Float[Tensor, "sample layer modality measure"]
     counts: Int[Tensor, "sample modality"]
     modalities: tuple[str, ...]
+    identity: ModelIdentity | None = field(default=None, kw_only=True)
 
     def of(self, modality: str, measure: str | None = None) -> Float[Tensor, "sample layer"]:
         """A measure, by default the first one, in the samples that have tokens of the modality.
@@ -84,3 +87,18 @@ class SampleCurves(Result):
         """These modalities, each with each measure."""
         for modality in self.known(least):
             yield from ((modality, measure) for measure in self.measures)
+
+    def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+        """What a file of the measures holds."""
+        return {"values": self.values, "counts": self.counts}, {"modalities": self.modalities}
+
+    @classmethod
+    def from_parts(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        identity: ModelIdentity | None,
+    ) -> Self:
+        """The measures that a file holds."""
+        modalities = tuple(metadata["modalities"])
+        return cls(tensors["values"], tensors["counts"], modalities, identity=identity)
