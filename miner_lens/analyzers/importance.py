@@ -143,7 +143,7 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         scored = torch.stack([raw[:, place] for place in self._places], 1)
         kept = torch.cat([kernels.normalise(scored, masks).sum(0), means])
         for index, modality in enumerate(modalities):
-            self.sum(modality, kept[:, index], at=point.layer)
+            self.sum(modality, self.widened(kept[:, index]), at=point.layer)
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0."""

@@ -176,9 +176,8 @@ class Decoder(Site):
         """The decoder's gated MLPs; the experts of a layer are one.
 
         Raises:
-            ValueError: A layer has no gated MLP, layers have different numbers of neurons, or
-                weights were folded by compatibility mode, which computes the MLP without its
-                activation module.
+            ValueError: A layer has no gated MLP, or weights were folded by compatibility mode,
+                which computes the MLP without its activation module.
         """
         if not hasattr(hf_model, "get_decoder"):
             raise ValueError(
@@ -188,17 +187,7 @@ class Decoder(Site):
         decoder = hf_model.get_decoder()
         # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
         layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
-        found = [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
-        sizes = [mlp.down.in_features for mlp in found]
-        other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"Layer 0 of {type(hf_model).__name__} has {sizes[0]} neurons and layer {other} "
-                f"has {sizes[other]}, as where some layers have experts and others have none. "
-                "Neurons are counted as layers x neurons, so all layers of a site must have "
-                "equally many."
-            )
-        return found
+        return [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
 
     def activation_point(self, layer: int) -> str:
         """TransformerLens hook point of a layer's X."""
