@@ -26,6 +26,7 @@ from miner_lens.models.structure import (
     Stack,
     attention_name,
     children,
+    decoder_of,
     joined,
     mlp_names,
     part,
@@ -162,7 +163,7 @@ def decoder_parts(hf_model: Any) -> dict[str, str]:
     Raises:
         ValueError: A part is missing, or of a kind that is not known.
     """
-    decoder = plain(hf_model.get_decoder())
+    decoder = decoder_of(hf_model)
     named = {id(module): path for path, module in walk(hf_model)}
     below = children(decoder)
     final = next((name for name in FINAL_NORMS if name in below), None)

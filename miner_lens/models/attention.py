@@ -223,7 +223,7 @@ def _hooked_sdpa(
     **kwargs: Any,
 ) -> Output:
     bridge, query, key = _rotated(module, query, key, kwargs.get("scaling"))
-    if _reads_pattern(bridge):
+    if _reads_pattern(bridge) or kwargs.get("s_aux") is not None:  # sinks, which sdpa leaves out
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
         attention_mask = _additive(attention_mask, causal, query, key)
         return _eager(module)(module, query, key, value, attention_mask, **kwargs)

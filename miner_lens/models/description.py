@@ -14,7 +14,7 @@ from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.inside import hf_model_of, model_name
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.sites import Decoder, Site, Tower, sites
-from miner_lens.models.structure import walk
+from miner_lens.models.structure import decoder_of, walk
 
 NO_ATTENTION = (
     "{site}: queries and keys after RoPE cannot be read, so attn_k and attn_q cannot be scored. "
@@ -204,7 +204,7 @@ def _missing(
     for name, site in found.items():
         if name != "projector" and not site.attention:
             yield NO_ATTENTION.format(site=name)
-    if any("shared_expert" in name for name, _ in walk(hf_model_of(bridge).get_decoder())):
+    if any("shared_expert" in name for name, _ in walk(decoder_of(hf_model_of(bridge)))):
         yield "llm: shared experts, which see every token; only neurons of routed ones are counted."
     if attention.rebuilt(attention.attentions_of(bridge)):
         yield (

@@ -24,6 +24,7 @@ from miner_lens.models.structure import (
     ENTRY_POINTS,
     MLP,
     Stack,
+    decoder_of,
     part,
     plain,
     stacks,
@@ -184,7 +185,7 @@ class Decoder(Site):
                 "Expected a TransformerBridge or a Hugging Face model, got "
                 f"{type(hf_model).__name__}."
             )
-        decoder = hf_model.get_decoder()
+        decoder = decoder_of(hf_model)
         # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
         layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
         return [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
@@ -199,7 +200,7 @@ class Decoder(Site):
 
 
 def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
-    mlp: Any = getattr(layer, "mlp", None)
+    mlp: Any = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
     if experts_of(mlp) is not None:
         return expert_mlp(mlp)
     activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
@@ -208,8 +209,8 @@ def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
         what = type(mlp).__name__
         if hasattr(mlp, "experts"):
             what = (
-                "experts that transformers' experts interface does not compute with a gate and an "
-                "activation module"
+                "experts that transformers' experts interface does not compute with a gate that "
+                "multiplies"
             )
         raise ValueError(
             f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -177,10 +178,21 @@ def test_a_tower_without_hookable_activations() -> None:
 
 
 def test_experts_without_hookable_activations() -> None:
+    """X is told from what gate and up make together."""
     model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+    means = ml.mine(ml.wrap(copy.deepcopy(model)), TEXTS, progress=False).means
     for layer in model.model.layers:
         del layer.mlp.experts.act_fn
         layer.mlp.experts.act_fn = silu
+    torch.testing.assert_close(ml.mine(ml.wrap(model), TEXTS, progress=False).means, means)
+
+
+def test_experts_of_no_product() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        own = {"_apply_gate": lambda self, both: both.chunk(2, -1)[0] + both.chunk(2, -1)[1].exp()}
+        experts.__class__ = type("Sums", (type(experts),), own)
     bridge = ml.wrap(model)
     with pytest.raises(ValueError, match=r"no gated MLP .* but experts that transformers'"):
         ml.mine(bridge, TEXTS, progress=False)
