@@ -13,7 +13,7 @@ from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.inside import hf_model_of, model_name
 from miner_lens.models.modality import media_tokens
-from miner_lens.models.sites import Decoder, Site, Tower, sites
+from miner_lens.models.sites import Site, Tower, sites
 from miner_lens.models.structure import decoder_of, walk
 
 NO_ATTENTION = (
@@ -128,11 +128,12 @@ def describe(model: Any) -> ModelDescription:
     media = dict(known.media) if known else media_tokens(hf_model.config)
     found, there = [], set(bridge.hook_dict)
     if attention.unreadable(bridge):
-        there -= {point for n in range(len(bridge.blocks)) for point in Decoder().rotated_points(n)}
+        layers = range(len(bridge.blocks))
+        there -= {point for n in layers for point in attention.rotated_points(bridge, n)}
     for place in sites(hf_model).values():
         modalities = ("text", "special", *media) if place.name == "llm" else ()
         try:
-            found.append(_described(place, hf_model, there, modalities))
+            found.append(_described(place, bridge, there, modalities))
         except ValueError as error:
             missing.append(f"{place.name}: {error}")
     missing += _missing(bridge, {site.name: site for site in found}, media)
@@ -148,13 +149,13 @@ def describe(model: Any) -> ModelDescription:
 
 
 def _described(
-    place: Site, hf_model: Any, there: set[str], modalities: tuple[str, ...]
+    place: Site, bridge: Any, there: set[str], modalities: tuple[str, ...]
 ) -> SiteDescription:
-    mlps = place.mlps(hf_model)
+    mlps = place.mlps(hf_model_of(bridge))
     if isinstance(place, Tower):
         modalities, points = place.modalities, place.attention_points(0)
     else:
-        points = Decoder().rotated_points(0)
+        points = attention.rotated_points(bridge, 0)
     x = place.activation_point(0)
     if x not in there:
         raise ValueError(

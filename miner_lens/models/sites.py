@@ -194,10 +194,6 @@ class Decoder(Site):
         """TransformerLens hook point of a layer's X."""
         return f"blocks.{layer}.mlp.act.hook_out"
 
-    def rotated_points(self, layer: int) -> tuple[str, str]:
-        """Hook points of queries and keys after RoPE."""
-        return f"blocks.{layer}.attn.hook_rot_q", f"blocks.{layer}.attn.hook_rot_k"
-
 
 def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
     mlp: Any = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
