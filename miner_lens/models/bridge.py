@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
+from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
 from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
 
@@ -74,7 +75,7 @@ def wrap(
         architecture,
         hf_config=copy.deepcopy(hf_model.config),
         # A copy, because TransformerLens changes the padding and special tokens of what it gets.
-        tokenizer=copy.deepcopy(tokenizer),
+        tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
     after = [config._attn_implementation for config in configs]
