@@ -262,7 +262,7 @@ def voxtral(folder: Path) -> Any:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     control = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS][:24]
-    control += [f"<{n}>" for n in range(len(control), 24)] + ["[AUDIO]", "[BEGIN_AUDIO]"]
+    control += [f"<{n}>" for n in range(len(control), 24)] + ["[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]"]
     byte = [base64.b64encode(bytes([n])).decode() for n in range(256)]
     made = {
         "config": {
@@ -303,7 +303,7 @@ def test_a_tokenizer_of_mistral(tmp_path: Path) -> None:
     assert report.passed, report
     ids = ml.inputs(bridge, messages)["input"][0].tolist()
     assert ids.count(24) == 375  # thirty seconds, as all sounds are padded to that
-    assert bytes(i - 26 for i in ids if i >= 26).decode() == "what is this?"
+    assert bytes(i - 27 for i in ids if i >= 27).decode() == "what is this?"
     for site in ("llm", "audio", "projector"):
         scores = ml.mine(bridge, [ml.Sample(messages)], progress=False, site=site)
         assert scores["audio"].any()
