@@ -202,7 +202,7 @@ def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
     activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
     gate = next((getattr(mlp, name) for name in GATES if hasattr(mlp, name)), None)
     if gate is None or not hasattr(mlp, "down_proj") or activation is None:
-        what = type(mlp).__name__
+        what = type(plain(mlp)).__name__
         if hasattr(mlp, "experts"):
             what = (
                 "experts that transformers' experts interface does not compute with a gate that "

@@ -24,7 +24,12 @@ FUSED = ("gate_up_proj", "down_proj")  # the activation function takes a half of
 
 # The linear layers of a plain MLP, with the activation function beside them, where transformers'
 # modules have one, or between them, where they are a sequence.
-_PLAIN = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"), ("linear_1", "linear_2"))
+_PLAIN = (
+    ("fc1", "fc2"),
+    ("linear_fc1", "linear_fc2"),
+    ("linear_1", "linear_2"),
+    ("lin1", "lin2"),
+)
 _SEQUENCE = ("0", "1", "2")
 # Where each of the two linear layers has a module of its own. The first pair is that of a module
 # that queries media; the text beside it passes through the second.
@@ -247,6 +252,8 @@ def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[St
     others = [decoder, *(part(hf_model, tower) for tower in towers)]
     for path, module in _outside(hf_model, decoder):
         within = next((tower for tower in towers if path.startswith(f"{tower}.")), None)
+        if within is None and any(name.endswith("_tower") for name in path.split(".")):
+            continue  # of a medium that has no encoder of its own by the model's account
         media = towers[within] if within else tuple(m for ms in towers.values() for m in ms)
         blocks, layers = None, tuple[Layer, ...]()
         if isinstance(module, nn.ModuleList):

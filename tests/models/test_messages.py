@@ -262,7 +262,11 @@ def voxtral(folder: Path) -> Any:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     control = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS][:24]
-    control += [f"<{n}>" for n in range(len(control), 24)] + ["[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]"]
+    control += [f"<{n}>" for n in range(len(control), 24)] + [
+        "[AUDIO]",
+        "[BEGIN_AUDIO]",
+        "[TRANSCRIBE]",
+    ]
     byte = [base64.b64encode(bytes([n])).decode() for n in range(256)]
     made = {
         "config": {
