@@ -253,8 +253,9 @@ def _installed(experts: nn.Module) -> Any:
     """What X passes through, by the forward that was installed; None without one."""
     # A partial, because a deep copy of it belongs to the copy of the experts.
     held = vars(experts).get(_place(experts))
-    ours = isinstance(held, partial) and held.func in (_forward, _forward_of_all)
-    return held.args[1] if ours else None
+    if isinstance(held, partial) and held.func in (_forward, _forward_of_all):
+        return held.args[1]
+    return None
 
 
 def _note_shape(block: Any, args: tuple[Any, ...]) -> None:
