@@ -162,9 +162,8 @@ def run_demo(
 
 def plan(scores: ImportanceScores, ask: str) -> Iterator[Ablation]:
     """What is switched off for the questions in one input modality."""
-    total = scores.layers * scores.neurons
     for ratio in RATIOS:
-        if int(ratio * total) < len(scores.select(SHOWN_RATIO)):
+        if int(ratio * scores.total) < len(scores.select(SHOWN_RATIO)):
             continue  # less than one neuron of each modality, in a small model
         shown = ratio == SHOWN_RATIO
         seeds = SEEDS if shown else SEEDS[:1]

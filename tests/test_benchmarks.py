@@ -17,7 +17,7 @@ from rich.console import Console
 
 import miner_lens as ml
 from benchmarks import __main__ as command
-from benchmarks import comparisons, measure, models, organisms, preparing, scaling, tables
+from benchmarks import comparisons, families, measure, models, organisms, preparing, scaling, tables
 from benchmarks.breakdown import breakdown
 from benchmarks.catalogue import catalogue
 from benchmarks.published import naive, published
@@ -302,3 +302,27 @@ def test_the_page_on_an_organism_continues_where_it_was_stopped(
     page = run("selected", "lens")
     assert "kept" in page
     assert "image tokens: entropy changes course at layer" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "sites", "missing"),
+    [
+        # One norm for attention and MLP.
+        ("Cohere2Vision", "llm 2 x 48, vision 3 x 40, projector 1 x 8", ""),
+        # The first layer has no experts.
+        ("Glm4vMoe", "llm 2 x 96 (layer 0: 48), vision 3 x 32, projector 1 x 40", "shared"),
+        # Experts of its own, which the layer knows by their class.
+        ("Ernie4_5_VLMoe", "vision 3 x 40, projector 1 x 80", "no gated MLP"),
+        # Two towers, of which the model names one.
+        ("VideoLlava", "llm 2 x 48, vision 3 x 40, projector 1 x 32", ""),
+    ],
+)
+def test_families(name: str, sites: str, missing: str) -> None:
+    (family,) = (one for one in families.FAMILIES if one.name.startswith(name))
+    row = families.try_family(family)
+    assert (row.sites, row.logits) == (sites, "0")
+    assert missing in row.refused
+    assert bool(row.refused) == bool(missing)
+    held = [float(value) for value in (row.scores, row.off) if value]
+    assert len(held) == 2 * sites.startswith("llm")
+    assert all(value <= 1e-5 for value in held)

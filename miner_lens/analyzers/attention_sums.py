@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from miner_lens.models import sites
-from miner_lens.models.attention import scale_of, unreadable
+from miner_lens.models.attention import rotated_points, scale_of, unreadable
 from miner_lens.running.batch import Batch, TowerBatch
 from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
@@ -57,7 +57,7 @@ class AttentionSums:
                     attention = site.attentions()[layer]
                     hooks.append((point, partial(self._see_part, layer, part, attention, running)))
             else:
-                query, key = sites.Decoder().rotated_points(layer)
+                query, key = rotated_points(model, layer)
                 hooks.append((query, partial(self._see_query, layer, running)))
                 attention = model.blocks[layer].attn
                 hooks.append((key, partial(self._see_key, layer, attention, running)))
@@ -142,7 +142,7 @@ class AttentionSums:
 
     def _see_query(self, layer: int, running: Running, query: Tensor, hook: Any) -> None:
         if (batch := running()) is not None:
-            self.kept(batch)["query"] = query.detach()
+            self.kept(batch)["query"] = _heads_first(query, hook)
 
     def _see_key(
         self, layer: int, attention: Any, running: Running, key: Tensor, hook: Any
@@ -155,10 +155,9 @@ class AttentionSums:
         if query is None:
             raise RuntimeError(NO_ROTATED)
         padding = batch.padding
-        # TransformerLens hands out [batch pos head d_head].
         sums = self.weights(
-            query.transpose(1, 2),
-            key.detach().transpose(1, 2),
+            query,
+            _heads_first(key, hook),
             batch.stacked.to(key.device),
             mask=None if padding is None else padding.to(key.device),
             scale=scale_of(attention),
@@ -206,6 +205,11 @@ class LargestAttention(AttentionSums):
     ) -> Float[Tensor, "batch modality"]:
         """The largest probability in each modality's P[S, S]."""
         return kernels.largest_attention(query, key, masks, causal=self.causal, **options)
+
+
+def _heads_first(x: Tensor, hook: Any) -> Tensor:
+    """[batch head pos d_head]; TransformerLens hands out [batch pos head d_head] at most points."""
+    return x.detach() if getattr(hook, "pos_dim", 1) == 2 else x.detach().transpose(1, 2)
 
 
 Stretch = tuple[Int[Tensor, " real"] | None, kernels.Segments]

@@ -67,7 +67,9 @@ class AttributionAnalyzer(Analyzer[ImportanceScores]):
         shares = masks / masks.sum(-1, keepdim=True).clamp(min=1)
         means = einsum(shares, wide, "sample modality pos, sample pos neuron -> modality neuron")
         for index, modality in enumerate(batch.masks):
-            self.sum(modality, torch.stack([effects[index], means[index]]), at=point.layer)
+            self.sum(
+                modality, self.widened(torch.stack([effects[index], means[index]])), at=point.layer
+            )
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0; metric `attribution`."""

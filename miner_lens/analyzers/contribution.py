@@ -100,7 +100,7 @@ class ContributionAnalyzer(Analyzer[ImportanceScores]):
         at_own = einsum(means, favours, "sample modality neuron, sample neuron -> modality neuron")
         kept = torch.stack([wrote, at_own, means.sum(0)], 1)
         for index, modality in enumerate(batch.masks):
-            self.sum(modality, kept[index], at=point.layer)
+            self.sum(modality, self.widened(kept[index]), at=point.layer)
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0."""

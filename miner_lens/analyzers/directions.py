@@ -28,7 +28,7 @@ def output_direction(model: Any, layer: int, neuron: int) -> Float[Tensor, " d_m
         ValueError: There is no such neuron, or the weights cannot be read.
     """
     downs = _down_weights(model)
-    width = downs[0].shape[1]
+    width = downs[layer if 0 <= layer < len(downs) else 0].shape[1]
     if not (0 <= layer < len(downs) and 0 <= neuron < width):
         raise ValueError(
             f"Neuron ({layer}, {neuron}) (layer, neuron) lies outside {len(downs)} layers x "

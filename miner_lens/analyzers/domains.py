@@ -55,7 +55,7 @@ class DomainAnalyzer(Analyzer[DomainCounts]):
         )
         tokens = chosen.sum((0, 2))
         for place, domain in enumerate(domains):
-            self.sum(f"{domain}/over_zero", counts[place].long(), at=point.layer)
+            self.sum(f"{domain}/over_zero", self.widened(counts[place].long()), at=point.layer)
             if point.layer == 0:
                 self.sum(f"{domain}/tokens", tokens[place])
 

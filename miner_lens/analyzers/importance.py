@@ -89,7 +89,7 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
 
         Raises:
             ValueError: For causal attention or `attended`, the model's own pattern has a sliding
-                window or a soft cap.
+                window, sinks or a soft cap.
         """
         super().begin(model)
         if any(sums.causal for sums in self._sums):
@@ -143,7 +143,7 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         scored = torch.stack([raw[:, place] for place in self._places], 1)
         kept = torch.cat([kernels.normalise(scored, masks).sum(0), means])
         for index, modality in enumerate(modalities):
-            self.sum(modality, kept[:, index], at=point.layer)
+            self.sum(modality, self.widened(kept[:, index]), at=point.layer)
 
     def result(self) -> ImportanceScores:
         """The mean over samples, in which an absent modality counts as 0."""
@@ -263,6 +263,7 @@ def _require_plain_attention(model: Any, attended: bool) -> None:
         window = getattr(held_by, "sliding_window", None)
         other = {
             "a sliding window": window is not None,
+            "sinks": getattr(attention, "sinks", None) is not None,
             "a soft cap": getattr(attention, "attn_logit_softcapping", None) is not None,
         }
         found = [name for name, present in other.items() if present]

@@ -63,9 +63,10 @@ class KindAnalyzer(Analyzer[NeuronKinds]):
         own = batch.masks[self.medium].to(x.device)
         text = batch.masks["text"].to(x.device)
         real = batch.real.to(x.device)
-        self.max("highest", wide.masked_fill(~real[..., None], NONE).amax((0, 1)), at=point.layer)
-        medium_high = _highest(wide, own, MEDIUM_TOKENS)
-        text_high = _highest(wide, text, TEXT_TOKENS)
+        highest = wide.masked_fill(~real[..., None], NONE).amax((0, 1))
+        self.max("highest", self.widened(highest, NONE), at=point.layer)
+        medium_high = self.widened(_highest(wide, own, MEDIUM_TOKENS), NONE)
+        text_high = self.widened(_highest(wide, text, TEXT_TOKENS), NONE)
         # Ids of a top are whole numbers: the bits of what just enough tokens reach.
         tops = torch.maximum(medium_high[:, 0], text_high[:, 0])
         index = torch.tensor(batch.index, device=x.device)[:, None].expand(tops.shape)

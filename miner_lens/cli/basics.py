@@ -50,7 +50,7 @@ def info(model: Model) -> None:
     for column in ("site", "layers", "neurons per layer", "modalities"):
         table.add_column(column)
     for site in found.sites:
-        table.add_row(site.name, str(site.layers), str(site.neurons), ", ".join(site.modalities))
+        table.add_row(site.name, str(site.layers), site.per_layer, ", ".join(site.modalities))
     Console().print(table)
     typer.echo("\n".join(found.details))
 

@@ -212,7 +212,7 @@ def _bottom(total: torch.Tensor, like: NeuronSet) -> NeuronSet:
     """As many neurons in each layer as in a set, those of the lowest scores outside it."""
     mask = torch.zeros_like(like.mask)
     # A layer of which more than half is in the set has not as many outside.
-    outside = total.cpu().masked_fill(like.mask, torch.inf)
+    outside = total.cpu().masked_fill(like.mask | ~like.exists, torch.inf)
     for layer, count in enumerate(like.counts()):
         mask[layer, outside[layer].argsort(stable=True)[:count]] = True
     return NeuronSet.from_mask(mask, like.identity, like.means, like.site)

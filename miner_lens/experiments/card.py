@@ -181,7 +181,7 @@ def card(
     info = {
         "layer": layer,
         "neuron": neuron,
-        "neurons": known.layers * known.neurons,
+        "neurons": known.total,
         "samples": len(samples),
         "identity": known.to_dict(),
         "data": getattr(data, "name", None),

@@ -123,20 +123,21 @@ def necessity_plan(
         raise ValueError(
             f"There are no scores of {unknown[0]!r}; there are {', '.join(scores.modalities)}."
         )
-    total = scores.layers * scores.neurons
     orders: dict[str, list[torch.Tensor]] = {
         name: [values.flatten().argsort(descending=True, stable=True)]
         for name, values in zip(modalities, weighted(scores, modalities, weights), strict=True)
     }
-    orders[RANDOM] = [
-        torch.randperm(total, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-    ]
     nothing = NeuronSet([], layers=scores.layers, neurons=scores.neurons, identity=scores.identity)
+    places = nothing.exists.flatten().nonzero()[:, 0]
+    orders[RANDOM] = [
+        places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))]
+        for seed in seeds
+    ]
     rows = []
     for ranking, several in orders.items():
         for curve in (DELETION, INSERTION):
             for fraction in fractions:
-                count = round(fraction * total)
+                count = round(fraction * scores.total)
                 sets = [_first(order, count, nothing, curve == INSERTION) for order in several]
                 name = f"{curve} by {ranking} at {fraction:.4g}"
                 about = {"curve": curve, "ranking": ranking, "fraction": fraction}
@@ -236,6 +237,6 @@ def necessity(
 
 def _first(order: torch.Tensor, count: int, like: NeuronSet, rest: bool) -> NeuronSet:
     """The first so many neurons in an order, or all others."""
-    mask = torch.full((like.layers * like.neurons,), rest)
-    mask[order[:count].cpu()] = not rest
-    return NeuronSet.from_mask(mask.view(like.layers, like.neurons), like.identity, site=like.site)
+    mask = like.exists & rest
+    mask.view(-1)[order[:count].cpu()] = not rest
+    return NeuronSet.from_mask(mask, like.identity, site=like.site)

@@ -76,8 +76,10 @@ def overlap(neurons: Mapping[str, NeuronSet]) -> Overlap:
 
     model = NeuronSet.union(neurons)  # which refuses what does not mix
     masks = {name: chosen.mask for name, chosen in neurons.items()}
+    widths = model.exists.sum(1).tolist()
     shares = {
-        name: [c / model.neurons for c in chosen.counts()] for name, chosen in neurons.items()
+        name: [count / width for count, width in zip(chosen.counts(), widths, strict=True)]
+        for name, chosen in neurons.items()
     }
     rows = []
     for size in range(1, len(neurons) + 1):
@@ -90,5 +92,5 @@ def overlap(neurons: Mapping[str, NeuronSet]) -> Overlap:
                 chance = prod(shares[name][layer] for name in inside)
                 chance *= prod(1 - shares[name][layer] for name in outside)
                 row = {"combination": " & ".join(inside), "sets": size, "layer": layer}
-                rows.append(row | {"neurons": count, "expected": model.neurons * chance})
+                rows.append(row | {"neurons": count, "expected": widths[layer] * chance})
     return Overlap(pd.DataFrame(rows), {"site": model.site})

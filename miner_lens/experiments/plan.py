@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
+
 from miner_lens.experiments.statistics import averaged, costs
 from miner_lens.experiments.table import Trials
 from miner_lens.experiments.trials import Condition, Metric, Reading, trials
@@ -147,10 +149,11 @@ def frame_of(table: Trials) -> pd.DataFrame:
 def weighted(
     scores: ImportanceScores, names: Sequence[str], weights: Weights = None
 ) -> Float[Tensor, "modality layer neuron"]:
-    """What a selection ranks the neurons of some modalities by."""
+    """What a selection ranks the neurons of some modalities by; -inf where there is none."""
     places = [scores.modalities.index(name) for name in names]
     chosen = default_weights(scores.metrics) if weights is None else weights
-    return combine(scores.values[:, places], chosen, scores.metrics, names)
+    found = combine(scores.values[:, places], chosen, scores.metrics, names)
+    return found.masked_fill(~scores.exists.to(found.device), -torch.inf)
 
 
 def said(row: Any, digits: int = 3) -> str:

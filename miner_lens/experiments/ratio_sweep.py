@@ -87,13 +87,12 @@ def ratio_plan(
     Raises:
         ValueError: As `select`, or no ratio is left.
     """
-    total = scores.layers * scores.neurons
     groups = len(scores.select(1.0, "LA_MU", weights))
     rows = []
     for ratio in ratios:
         # Uniform strategies need a neuron of each modality in each layer.
         least = groups * (scores.layers if strategy in ("uniform", "LU_MA") else 1)
-        if int(ratio * total) < least:
+        if int(ratio * scores.total) < least:
             continue
         chosen = scores.select(ratio, strategy, weights)
         everything = NeuronSet.union(chosen)
@@ -103,8 +102,8 @@ def ratio_plan(
             rows.append(Ablation.of(f"{off} at {ratio:.3%}", sets, {"off": off, "ratio": ratio}))
     if not rows:
         raise ValueError(
-            f"Of {total} neurons, no ratio of {', '.join(map(str, ratios))} leaves one for each "
-            "modality. Give larger ratios."
+            f"Of {scores.total} neurons, no ratio of {', '.join(map(str, ratios))} leaves one for "
+            "each modality. Give larger ratios."
         )
     return Plan(tuple(rows))
 

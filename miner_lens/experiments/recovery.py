@@ -167,7 +167,6 @@ def found_of(
     """
     import pandas as pd
 
-    total = scores.layers * scores.neurons
     names = list(scores.select(1.0, "LA_MU", weights))
     if missing := [name for name in truth if name not in names]:
         raise ValueError(
@@ -177,7 +176,7 @@ def found_of(
     rows = []
     for name, known in truth.items():
         budget = len(known) * (1 if strategy == "random" else len(names))
-        chosen = scores.select(min(1.0, (budget + 0.5) / total), strategy, weights)
+        chosen = scores.select(min(1.0, (budget + 0.5) / scores.total), strategy, weights)
         own = chosen["random" if strategy == "random" else name]
         hits = len(own & known)
         rows.append(

@@ -182,7 +182,7 @@ def _compared(
         left, right = one[name], other[name]
         row = {"kind": kind, "samples": samples, "repeat": repeat, "modality": name}
         sizes = (len(left), len(right))
-        chance = expected_jaccard(*sizes, left.layers * left.neurons)
+        chance = expected_jaccard(*sizes, left.total)
         values = {"neurons": min(sizes), "jaccard": jaccard(left, right), "chance": chance}
         rows.append(row | values)
     return rows

@@ -48,14 +48,16 @@ def identity(model: Any, site: str = "llm") -> ModelIdentity:
     """
     hf_model = hf_model_of(model)
     found = mlps(model, site)
+    widths = [mlp.down.in_features for mlp in found]
     readable = all(has_weight(m.before) and has_weight(m.down) for m in found)
     return ModelIdentity(
         name=model_name(model),
         architecture=type(hf_model).__name__,
         layers=len(found),
-        neurons=found[0].down.in_features,
+        neurons=max(widths),
         site=site,
         fingerprint=fingerprint(hf_model) if readable else None,
+        widths=tuple(widths),
     )
 
 

@@ -6,6 +6,7 @@ Attention and norms stay Hugging Face's own, so that logits do.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from transformer_lens.model_bridge.generalized_components import (
     EmbeddingBridge,
     LinearBridge,
     NormalizationBridge,
+    ParallelBlockBridge,
     RMSNormalizationBridge,
     UnembeddingBridge,
 )
@@ -26,6 +28,7 @@ from miner_lens.models.structure import (
     Stack,
     attention_name,
     children,
+    decoder_of,
     joined,
     mlp_names,
     part,
@@ -70,6 +73,8 @@ SANDWICHED = {
     "pre_feedforward_layernorm": "ln2",
     "post_feedforward_layernorm": "ln2_post",
 }
+# Where attention and the MLP read the same.
+PARALLEL = {"input_layernorm": "ln1"}
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 
 
@@ -106,12 +111,18 @@ class ReadArchitectureAdapter(ArchitectureAdapter):  # type: ignore[misc]
         final = part(hf_model, parts["ln_final"])
         return {
             "embed": EmbeddingBridge(name=parts["embed"]),
-            "blocks": BlockBridge(name=parts["blocks"], submodules=self._block(blocks[0])),
+            "blocks": self._blocks(parts["blocks"], blocks),
             "ln_final": self._norm(parts["ln_final"], final),
             "unembed": UnembeddingBridge(name=parts["unembed"], config=self.cfg),
         }
 
-    def _block(self, block: Any) -> dict[str, GeneralizedComponent]:
+    def _blocks(self, name: str, blocks: list[Any]) -> GeneralizedComponent:
+        parallel = _block_parts(blocks[0])[1] is PARALLEL
+        kind = ParallelBlockBridge if parallel else BlockBridge
+        return kind(name=name, submodules=self._block(blocks))
+
+    def _block(self, blocks: list[Any]) -> dict[str, GeneralizedComponent]:
+        block = blocks[0]
         name, norms, below = *_block_parts(block), children(block)
         attention = part(block, name)
         names = {NAMES.get(n, n): n for n, c in children(attention).items() if _is_linear(c)}
@@ -135,18 +146,22 @@ class ReadArchitectureAdapter(ArchitectureAdapter):  # type: ignore[misc]
                 maintain_native_attention=True,
                 requires_attention_mask=True,
             ),
-            "mlp": self._mlp(below["mlp"]),
+            **self._mlp([part(one, "mlp") for one in blocks]),
         }
 
-    def _mlp(self, mlp: Any) -> GeneralizedComponent:
-        names = mlp_names(mlp)
-        if names is None:  # whatever it is, it runs as it is, and mining says what it lacks
-            return GeneralizedComponent(name="mlp")
+    def _mlp(self, mlps: list[Any]) -> dict[str, GeneralizedComponent]:
+        if any(len(signature(mlp.forward).parameters) > 1 for mlp in mlps):
+            return {}  # the layer tells it by its class, which a component around it would hide
+        names = mlp_names(mlps[0])
+        # Whatever it is, as where some layers have experts, it runs as it is, and mining says what
+        # it lacks.
+        if names is None or any(mlp_names(mlp) != names for mlp in mlps):
+            return {"mlp": GeneralizedComponent(name="mlp")}
         gated = self._gated_mlp("mlp")
         if names[1] not in GATED:
             gated = GeneralizedComponent(name="mlp", submodules={"out": LinearBridge(names[2])})
         gated.submodules["act"] = GeneralizedComponent(name=names[0])
-        return gated
+        return {"mlp": gated}
 
     def _norm(self, name: str, norm: Any) -> GeneralizedComponent:
         if getattr(norm, "bias", None) is None:
@@ -162,7 +177,7 @@ def decoder_parts(hf_model: Any) -> dict[str, str]:
     Raises:
         ValueError: A part is missing, or of a kind that is not known.
     """
-    decoder = plain(hf_model.get_decoder())
+    decoder = decoder_of(hf_model)
     named = {id(module): path for path, module in walk(hf_model)}
     below = children(decoder)
     final = next((name for name in FINAL_NORMS if name in below), None)
@@ -191,6 +206,8 @@ def _block_parts(block: Any) -> tuple[str, dict[str, str]]:
     # Attention that is not by transformers' interface is found by its name, and runs as it is.
     attention = attention_name(block) or next((n for n in below if _is_attention(n)), None)
     norms = SANDWICHED if "pre_feedforward_layernorm" in below else NORMS
+    if below.keys().isdisjoint(("post_attention_layernorm", "pre_feedforward_layernorm")):
+        norms = PARALLEL
     if attention is None or not {*norms, "mlp"} <= below.keys():
         raise ValueError(
             f"The decoder's {type(block).__name__} has no attention, mlp and norms that are "

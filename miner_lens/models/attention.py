@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ REBUILT = (
     "memory; an adapter with TransformerLens's plain AttentionBridge and "
     "maintain_native_attention=True would spare them."
 )
+
+# The method by which TransformerLens rotates where queries, keys and values are one projection.
+ROTATE = "_apply_rotary_pos_emb"
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -63,11 +67,31 @@ def rebuilt(attentions: list[Any]) -> list[Any]:
 
 
 def unreadable(bridge: Any) -> list[Any]:
-    """Attentions of the decoder that neither Hugging Face's interface nor TransformerLens computes.
+    """Attentions of the decoder of which no hook point has queries and keys as they are multiplied.
 
-    Nothing fires their hook points of queries and keys.
+    They are computed by neither Hugging Face's interface nor TransformerLens, or normed after RoPE,
+    or choose which keys they look at (DeepSeek's sparse attention).
     """
-    return [one for one in attentions_of(bridge) if _is_native(one) and _config(one) is None]
+    from transformer_lens.model_bridge.generalized_components import GlmMoeDsaAttentionBridge
+
+    return [
+        one
+        for one in attentions_of(bridge)
+        if (_is_native(one) and _config(one) is None)
+        or (not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False))
+        or isinstance(one, GlmMoeDsaAttentionBridge)
+    ]
+
+
+def rotated_points(bridge: Any, layer: int) -> tuple[str, str]:
+    """Hook points of a decoder layer's queries and keys, as attention multiplies them."""
+    from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
+
+    attention = bridge.blocks[layer]._modules.get("attn")
+    if isinstance(attention, MLAAttentionBridge):
+        # Here the usual ones have the part that is rotated alone.
+        return f"blocks.{layer}.attn.hook_q", f"blocks.{layer}.attn.hook_k"
+    return f"blocks.{layer}.attn.hook_rot_q", f"blocks.{layer}.attn.hook_rot_k"
 
 
 def scale_of(attention: Any) -> float | None:
@@ -85,10 +109,15 @@ def install(bridge: Any) -> None:
 
     Idempotent. The computation stays what the config names (eager or sdpa), bit for bit; with
     sdpa, a layer whose `hook_pattern` is being read computes its pattern explicitly. Attention
-    that TransformerLens rebuilds fires the hooks already and is left alone.
+    that TransformerLens rebuilds fires the hooks already, but for that with one projection for
+    queries, keys and values, of which the rotation is made to.
     """
     for one in _native(bridge):
         vars(one.original_component)[BRIDGE] = one
+    for one in rebuilt(attentions_of(bridge)):
+        if hasattr(one, ROTATE) and hasattr(one, HOOKS[0]):
+            # A partial, because a deep copy of it belongs to the copy.
+            vars(one)[ROTATE] = partial(_rotate, one)
     keep(configs_of(bridge))
 
 
@@ -188,6 +217,12 @@ def _eager(module: nn.Module) -> Callable[..., Output]:
     return function
 
 
+def _rotate(attention: Any, *given: Any) -> tuple[Tensor, Tensor]:
+    """The rotation of attention that TransformerLens rebuilds, with hooks on what it gives."""
+    query, key = getattr(type(attention), ROTATE)(attention, *given)
+    return attention.hook_rot_q(query), attention.hook_rot_k(key)
+
+
 def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
     """Turn the mask that sdpa takes (boolean, or None with a causal flag) into one to add."""
     queries, keys = query.shape[2], key.shape[2]
@@ -223,7 +258,7 @@ def _hooked_sdpa(
     **kwargs: Any,
 ) -> Output:
     bridge, query, key = _rotated(module, query, key, kwargs.get("scaling"))
-    if _reads_pattern(bridge):
+    if _reads_pattern(bridge) or kwargs.get("s_aux") is not None:  # sinks, which sdpa leaves out
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
         attention_mask = _additive(attention_mask, causal, query, key)
         return _eager(module)(module, query, key, value, attention_mask, **kwargs)

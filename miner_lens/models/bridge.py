@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
+from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES, part, walk
+from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -74,7 +75,7 @@ def wrap(
         architecture,
         hf_config=copy.deepcopy(hf_model.config),
         # A copy, because TransformerLens changes the padding and special tokens of what it gets.
-        tokenizer=copy.deepcopy(tokenizer),
+        tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
     after = [config._attn_implementation for config in configs]
@@ -299,7 +300,10 @@ def _attach_activation(mlp: Any) -> bool:
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     original = mlp.original_component
-    if "act" in mlp._modules or original is None or "gate" not in mlp._modules:
+    if "act" in mlp._modules or original is None:
+        return False
+    # A layer without experts among such with them has no gate of its own in TransformerLens.
+    if "gate" not in mlp._modules and not (mlp_names(original) or ("", ""))[1].startswith("gate"):
         return False
     for name in ACTIVATION_NAMES:
         function = original._modules.get(name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from miner_lens.models import attention
@@ -12,8 +13,8 @@ from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.inside import hf_model_of, model_name
 from miner_lens.models.modality import media_tokens
-from miner_lens.models.sites import Decoder, Site, Tower, sites
-from miner_lens.models.structure import walk
+from miner_lens.models.sites import Site, Tower, sites
+from miner_lens.models.structure import decoder_of, walk
 
 NO_ATTENTION = (
     "{site}: queries and keys after RoPE cannot be read, so attn_k and attn_q cannot be scored. "
@@ -28,11 +29,13 @@ class SiteDescription:
     Attributes:
         name: `"llm"`, `"vision"`, `"audio"` or `"projector"`.
         layers: Number of layers that have neurons.
-        neurons: Number of neurons in each layer.
+        neurons: Number of neurons in each layer; in the widest, where layers differ.
         modalities: What occurs there.
         x: TransformerLens hook point of X, `{i}` being the layer.
         attention: Hook points of queries and keys after RoPE; none where there is no attention.
         experts: How many experts share a layer's neurons, one after the other; None without any.
+        units: How many neurons each expert has; None without any.
+        widths: Number of neurons of each layer, where layers differ.
     """
 
     name: str
@@ -42,6 +45,22 @@ class SiteDescription:
     x: str
     attention: tuple[str, ...]
     experts: int | None = None
+    units: int | None = None
+    widths: tuple[int, ...] | None = None
+
+    @property
+    def per_layer(self) -> str:
+        """How many neurons layers have, in words.
+
+        Example:
+            >>> SiteDescription("llm", 4, 96, (), "", (), 4, 24, (48, 48, 96, 48)).per_layer
+            '96 (layers 0-1, 3: 48)'
+        """
+        if self.widths is None:
+            return str(self.neurons)
+        fewer = sorted(set(self.widths) - {self.neurons})
+        others = [f"{_ranges(self.widths, n)}: {n}" for n in fewer]
+        return f"{self.neurons} ({'; '.join(others)})"
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class ModelDescription:
         """Lines that say where to read and what is missing."""
         hooks = [f"{site.name}: {', '.join((site.x, *site.attention))}" for site in self.sites]
         shared = [
-            f"{site.name}: {site.experts} experts of {site.neurons // site.experts} neurons each"
+            f"{site.name}: {site.experts} experts of {site.units} neurons each"
             for site in self.sites
             if site.experts
         ]
@@ -85,7 +104,7 @@ class ModelDescription:
         )
 
     def __str__(self) -> str:
-        sizes = [f"{site.name}: {site.layers} x {site.neurons}" for site in self.sites]
+        sizes = [f"{site.name}: {site.layers} x {site.per_layer}" for site in self.sites]
         return "\n".join([f"{self.name} ({self.architecture})", *sizes, *self.details])
 
 
@@ -109,11 +128,12 @@ def describe(model: Any) -> ModelDescription:
     media = dict(known.media) if known else media_tokens(hf_model.config)
     found, there = [], set(bridge.hook_dict)
     if attention.unreadable(bridge):
-        there -= {point for n in range(len(bridge.blocks)) for point in Decoder().rotated_points(n)}
+        layers = range(len(bridge.blocks))
+        there -= {point for n in layers for point in attention.rotated_points(bridge, n)}
     for place in sites(hf_model).values():
         modalities = ("text", "special", *media) if place.name == "llm" else ()
         try:
-            found.append(_described(place, hf_model, there, modalities))
+            found.append(_described(place, bridge, there, modalities))
         except ValueError as error:
             missing.append(f"{place.name}: {error}")
     missing += _missing(bridge, {site.name: site for site in found}, media)
@@ -129,13 +149,13 @@ def describe(model: Any) -> ModelDescription:
 
 
 def _described(
-    place: Site, hf_model: Any, there: set[str], modalities: tuple[str, ...]
+    place: Site, bridge: Any, there: set[str], modalities: tuple[str, ...]
 ) -> SiteDescription:
-    mlps = place.mlps(hf_model)
+    mlps = place.mlps(hf_model_of(bridge))
     if isinstance(place, Tower):
         modalities, points = place.modalities, place.attention_points(0)
     else:
-        points = Decoder().rotated_points(0)
+        points = attention.rotated_points(bridge, 0)
     x = place.activation_point(0)
     if x not in there:
         raise ValueError(
@@ -143,11 +163,28 @@ def _described(
             "nor switched off"
         )
     attends = tuple(_any_layer(point) for point in points if point in there)
-    down = mlps[0].down
-    experts = down.count if isinstance(down, ExpertProjection) else None
+    widths = tuple(mlp.down.in_features for mlp in mlps)
+    downs = [mlp.down for mlp in mlps if isinstance(mlp.down, ExpertProjection)]
     return SiteDescription(
-        place.name, len(mlps), down.in_features, modalities, _any_layer(x), attends, experts
+        place.name,
+        len(mlps),
+        max(widths),
+        modalities,
+        _any_layer(x),
+        attends,
+        downs[0].count if downs else None,
+        downs[0].in_features // downs[0].count if downs else None,
+        widths if min(widths) < max(widths) else None,
     )
+
+
+def _ranges(widths: Sequence[int], width: int) -> str:
+    """The layers of a width, consecutive ones as a range."""
+    layers = [layer for layer, own in enumerate(widths) if own == width]
+    # Of consecutive layers, the number less the place is the same.
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(layers), lambda p: p[1] - p[0])]
+    named = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(named)}"
 
 
 def _any_layer(point: str) -> str:
@@ -168,7 +205,7 @@ def _missing(
     for name, site in found.items():
         if name != "projector" and not site.attention:
             yield NO_ATTENTION.format(site=name)
-    if any("shared_expert" in name for name, _ in walk(hf_model_of(bridge).get_decoder())):
+    if any("shared_expert" in name for name, _ in walk(decoder_of(hf_model_of(bridge)))):
         yield "llm: shared experts, which see every token; only neurons of routed ones are counted."
     if attention.rebuilt(attention.attentions_of(bridge)):
         yield (

@@ -130,9 +130,10 @@ class _Checks:
 
         points = self._points()
         names = [point.name for point in points]
-        decoder = Decoder()
         for layer, block in enumerate(self.bridge.blocks):
-            names += decoder.rotated_points(layer) if "attn" in block._modules else ()
+            names += (
+                attention.rotated_points(self.bridge, layer) if "attn" in block._modules else ()
+            )
         of_towers = {point.name for point in points if point.site != "llm"}
         for place in sites(self.hf_model).values():
             if isinstance(place, Tower):

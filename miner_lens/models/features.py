@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.models.modality import media_tokens
-from miner_lens.models.structure import plain
+from miner_lens.models.structure import decoder_of, plain
 
 # Arguments of a call, by place and by name, and what came of it.
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]
@@ -77,7 +77,7 @@ def _computing(hf_model: Any, modality: str) -> Iterator[tuple[Any, str]]:
         yield holders[-1], method
         return
     # A model without an encoder of the medium returns itself, or its inner model.
-    encoder, decoder = plain(hf_model.get_encoder(modality=modality)), plain(hf_model.get_decoder())
+    encoder, decoder = plain(hf_model.get_encoder(modality=modality)), decoder_of(hf_model)
     if all(module is not decoder for module in encoder.modules()):
         yield encoder, "forward"
 

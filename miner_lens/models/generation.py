@@ -15,6 +15,7 @@ from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
+from miner_lens.models.mistral import is_mistral, with_sound_files
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
 _HARMLESS = {
@@ -67,6 +68,8 @@ def render(
         try:
             if not hasattr(processor, "tokenizer"):
                 return _as_text(processor, opened, add_generation_prompt)
+            if is_mistral(processor.tokenizer):
+                opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
             batch = processor.apply_chat_template(
                 opened,
                 tokenize=True,

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 SITES = ("llm", "vision", "audio", "projector")
 
 
@@ -18,9 +22,12 @@ class ModelIdentity:
         name: Hub name or path; not compared, as the same model may be loaded from several places.
         architecture: Class name of the Hugging Face model.
         layers: Number of layers that have neurons.
-        neurons: Number of neurons in each layer.
+        neurons: Number of neurons in each layer; in the widest, where layers differ.
         site: Where the neurons live: "llm", "vision", "audio" or "projector".
         fingerprint: Digest of the weights, where it is known.
+        widths: Number of neurons of each layer, where layers differ, as where some have experts and
+            others have none; None where all have `neurons`. Tensors [layer neuron] have `neurons`
+            columns in any case, and those beyond a layer's own stand for nothing.
 
     Example:
         >>> big = ModelIdentity("Qwen/Qwen2-VL-7B", "Qwen2VLForConditionalGeneration", 28, 18944)
@@ -33,6 +40,29 @@ class ModelIdentity:
     neurons: int
     site: str = "llm"
     fingerprint: str | None = None
+    widths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.widths is None:
+            return
+        widths = tuple(self.widths)  # a list, where it comes from a file
+        if len(widths) != self.layers or max(widths) != self.neurons:
+            raise ValueError(
+                f"widths has {len(widths)} layers of at most {max(widths)} neurons; expected "
+                f"{self.layers} of at most {self.neurons}."
+            )
+        object.__setattr__(self, "widths", widths if min(widths) < self.neurons else None)
+
+    @property
+    def total(self) -> int:
+        """How many neurons there are."""
+        return self.layers * self.neurons if self.widths is None else sum(self.widths)
+
+    @property
+    def exists(self) -> Bool[Tensor, "layer neuron"]:
+        """Which neurons there are: all, unless layers have different numbers of them."""
+        widths = torch.tensor(self.widths or [self.neurons] * self.layers)
+        return torch.arange(self.neurons) < widths[:, None]
 
     def check(self, other: ModelIdentity, what: str = "This") -> None:
         """Refuse another model: one of another shape, site, architecture or weights.
@@ -53,6 +83,9 @@ class ModelIdentity:
         shape = f"{self.layers} layers x {self.neurons} neurons"
         if (self.layers, self.neurons) != (other.layers, other.neurons):
             given = f"{other.layers} x {other.neurons}"
+        elif self.widths != other.widths:
+            shape = f"layers of {_listed(self)} neurons"
+            given = f"layers of {_listed(other)} neurons"
         elif self.site != other.site:
             shape, given = f"site {self.site!r}", f"site {other.site!r}"
         elif self.architecture != other.architecture:
@@ -87,6 +120,11 @@ class ModelIdentity:
         """What `to_dict` gave; fields that a later version added are left out."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
+
+
+def _listed(model: ModelIdentity) -> str:
+    """How many neurons its layers have."""
+    return ", ".join(map(str, model.widths or [model.neurons] * model.layers))
 
 
 def _version(fingerprint: str | None) -> str:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from miner_lens.models.mistral import is_mistral
 from miner_lens.models.packages import described
 
 MODALITIES = ("text", "special", "special_text", "image", "video", "audio", "prompt")
@@ -131,7 +132,8 @@ def delimiters(config: Any, tokenizer: Any = None) -> frozenset[int]:
             if words[-2:-1] == ["token"] and set(words) & set(_DELIMITERS):
                 ids |= {t for t in (value if isinstance(value, list) else [value]) if _is_id(t)}
     if tokenizer is not None:
-        ids |= {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if not is_mistral(tokenizer):  # which do not tell
+            ids |= {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids |= set(getattr(tokenizer, "all_special_ids", ()))
     return frozenset(ids - set(media_tokens(config).values()))
 

@@ -24,6 +24,7 @@ from miner_lens.models.structure import (
     ENTRY_POINTS,
     MLP,
     Stack,
+    decoder_of,
     part,
     plain,
     stacks,
@@ -176,51 +177,36 @@ class Decoder(Site):
         """The decoder's gated MLPs; the experts of a layer are one.
 
         Raises:
-            ValueError: A layer has no gated MLP, layers have different numbers of neurons, or
-                weights were folded by compatibility mode, which computes the MLP without its
-                activation module.
+            ValueError: A layer has no gated MLP, or weights were folded by compatibility mode,
+                which computes the MLP without its activation module.
         """
         if not hasattr(hf_model, "get_decoder"):
             raise ValueError(
                 "Expected a TransformerBridge or a Hugging Face model, got "
                 f"{type(hf_model).__name__}."
             )
-        decoder = hf_model.get_decoder()
+        decoder = decoder_of(hf_model)
         # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
         layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
-        found = [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
-        sizes = [mlp.down.in_features for mlp in found]
-        other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"Layer 0 of {type(hf_model).__name__} has {sizes[0]} neurons and layer {other} "
-                f"has {sizes[other]}, as where some layers have experts and others have none. "
-                "Neurons are counted as layers x neurons, so all layers of a site must have "
-                "equally many."
-            )
-        return found
+        return [_gated(hf_model, index, layer) for index, layer in enumerate(layers)]
 
     def activation_point(self, layer: int) -> str:
         """TransformerLens hook point of a layer's X."""
         return f"blocks.{layer}.mlp.act.hook_out"
 
-    def rotated_points(self, layer: int) -> tuple[str, str]:
-        """Hook points of queries and keys after RoPE."""
-        return f"blocks.{layer}.attn.hook_rot_q", f"blocks.{layer}.attn.hook_rot_k"
-
 
 def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
-    mlp: Any = getattr(layer, "mlp", None)
+    mlp: Any = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
     if experts_of(mlp) is not None:
         return expert_mlp(mlp)
     activation = next((getattr(mlp, n) for n in ACTIVATION_NAMES if hasattr(mlp, n)), None)
     gate = next((getattr(mlp, name) for name in GATES if hasattr(mlp, name)), None)
     if gate is None or not hasattr(mlp, "down_proj") or activation is None:
-        what = type(mlp).__name__
+        what = type(plain(mlp)).__name__
         if hasattr(mlp, "experts"):
             what = (
-                "experts that transformers' experts interface does not compute with a gate and an "
-                "activation module"
+                "experts that transformers' experts interface does not compute with a gate that "
+                "multiplies"
             )
         raise ValueError(
             f"Layer {index} of {type(hf_model).__name__} has no gated MLP (gate_proj, up_proj, "

@@ -24,7 +24,12 @@ FUSED = ("gate_up_proj", "down_proj")  # the activation function takes a half of
 
 # The linear layers of a plain MLP, with the activation function beside them, where transformers'
 # modules have one, or between them, where they are a sequence.
-_PLAIN = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"), ("linear_1", "linear_2"))
+_PLAIN = (
+    ("fc1", "fc2"),
+    ("linear_fc1", "linear_fc2"),
+    ("linear_1", "linear_2"),
+    ("lin1", "lin2"),
+)
 _SEQUENCE = ("0", "1", "2")
 # Where each of the two linear layers has a module of its own. The first pair is that of a module
 # that queries media; the text beside it passes through the second.
@@ -119,6 +124,17 @@ def walk(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(child, joined(path, name))
 
 
+def decoder_of(hf_model: Any) -> Any:
+    """The decoder of a Hugging Face model, which has its layers.
+
+    A few models say that it is they themselves, or a model with a head around it.
+    """
+    decoder = plain(hf_model.get_decoder())
+    while "layers" not in decoder._modules and "model" in decoder._modules:
+        decoder = children(decoder)["model"]
+    return decoder
+
+
 def joined(path: str, *names: str) -> str:
     """A longer name."""
     return ".".join(name for name in (path, *names) if name)
@@ -202,7 +218,7 @@ def _stacks(hf_model: Any) -> Iterator[Stack]:
     for modality in media_tokens(hf_model.config):
         encoder = plain(hf_model.get_encoder(modality=modality))
         # A model without an encoder of the medium returns itself, or its inner model.
-        if named.get(id(encoder)) and not _holds(encoder, plain(hf_model.get_decoder())):
+        if named.get(id(encoder)) and not _holds(encoder, decoder_of(hf_model)):
             media.setdefault(named[id(encoder)], []).append(modality)
     inside: dict[str, tuple[str, ...]] = {}
     for tower, modalities in media.items():
@@ -232,10 +248,12 @@ def _blocks(tower: Any, path: str) -> tuple[tuple[Layer, ...], str] | None:
 
 def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[Stack]:
     """What stands between towers and decoder and has neurons, if anything does."""
-    decoder = plain(hf_model.get_decoder())
+    decoder = decoder_of(hf_model)
     others = [decoder, *(part(hf_model, tower) for tower in towers)]
     for path, module in _outside(hf_model, decoder):
         within = next((tower for tower in towers if path.startswith(f"{tower}.")), None)
+        if within is None and any(name.endswith("_tower") for name in path.split(".")):
+            continue  # of a medium that has no encoder of its own by the model's account
         media = towers[within] if within else tuple(m for ms in towers.values() for m in ms)
         blocks, layers = None, tuple[Layer, ...]()
         if isinstance(module, nn.ModuleList):

@@ -164,9 +164,22 @@ def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
         )
     if neurons.identity is not None:
         neurons.identity.check(identity(model, neurons.site), "The NeuronSet")
-    else:
-        _check_shape(model, neurons)
-    return neurons
+        return neurons
+    widths = [mlp.down.in_features for mlp in mlps(model, neurons.site)]
+    shape = (len(widths), max(widths))
+    if shape != (neurons.layers, neurons.neurons):
+        raise ValueError(
+            f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this "
+            f"model's {neurons.site} has {shape[0]} x {shape[1]}. Mine again on this model."
+        )
+    # Where layers have different numbers of neurons, only an identity says which there are.
+    return (
+        neurons
+        if min(widths) == shape[1]
+        else NeuronSet.from_mask(
+            neurons.mask, identity(model, neurons.site), neurons.means, neurons.site
+        )
+    )
 
 
 class _Tokens(PassInputs):
@@ -336,9 +349,12 @@ class _Write:
         offloaded = offloaded_weights(hf_model)
         for layer, index in self.neurons.by_layer().items():
             means = None if self.means is None else self.means[layer]
-            others = 2 * len(index) > self.neurons.neurons
+            width = layers[layer].down.in_features
+            if means is not None:
+                means = means[:width]
+            others = 2 * len(index) > width
             if others:
-                index = _others(index, self.neurons.neurons)
+                index = _others(index, width)
             elif means is not None:
                 means = means[index]
             weight = next(iter(layers[layer].before.parameters()), None)
@@ -405,16 +421,6 @@ def _others(index: Int[Tensor, " neuron"], neurons: int) -> Int[Tensor, " neuron
     mask = torch.ones(neurons, dtype=torch.bool)
     mask[index] = False
     return mask.nonzero()[:, 0]
-
-
-def _check_shape(model: Any, neurons: NeuronSet) -> None:
-    layers = mlps(model, neurons.site)
-    shape = (len(layers), layers[0].down.in_features)
-    if shape != (neurons.layers, neurons.neurons):
-        raise ValueError(
-            f"The NeuronSet is for {neurons.layers} layers x {neurons.neurons} neurons; this "
-            f"model's {neurons.site} has {shape[0]} x {shape[1]}. Mine again on this model."
-        )
 
 
 def _write_into(

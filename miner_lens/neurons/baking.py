@@ -77,9 +77,8 @@ def bake(model: Any, neurons: Neurons, path: str | Path) -> Path:
 
 
 def _card(name: str, neurons: NeuronSet) -> ModelCard:
-    total = neurons.layers * neurons.neurons
     about = (
-        f"{name or 'This model'} with {len(neurons)} of the {total} MLP neurons of its "
+        f"{name or 'This model'} with {len(neurons)} of the {neurons.total} MLP neurons of its "
         f"{neurons.site} switched off: their columns of the down projections are zeros. Everything "
         "else is unchanged. It was made for measuring what these neurons do, with miner-lens "
         "([MINER, arXiv 2410.04819](https://arxiv.org/abs/2410.04819))."

@@ -13,6 +13,7 @@ from miner_lens.models.access import layout
 from miner_lens.models.bridge import PassInputs, past_length
 from miner_lens.models.inside import hf_model_of, uncompiled
 from miner_lens.models.modality import ModalityLayout
+from miner_lens.models.structure import decoder_of
 from miner_lens.neurons.active import noted
 
 
@@ -42,7 +43,7 @@ def knockout(
             answer = ml.generate(model, messages)
     """
     hf_model = hf_model_of(model)
-    blocks = list(hf_model.get_decoder().layers)
+    blocks = list(decoder_of(hf_model).layers)
     chosen = list(range(len(blocks)) if layers is None else layers)
     if outside := [layer for layer in chosen if not 0 <= layer < len(blocks)]:
         raise ValueError(f"There is no layer {outside[0]}; the model has 0 to {len(blocks) - 1}.")

@@ -33,7 +33,7 @@ class NeuronSet(Result):
         pairs: The neurons, as `(layer, neuron)` pairs, an integer array `[n, 2]` or a DataFrame of
             the columns layer and neuron.
         layers: Number of layers in the model.
-        neurons: Number of neurons in each layer.
+        neurons: Number of neurons in each layer; in the widest, where layers differ.
         identity: The model they come from, where it is known.
         means: Mean activation of every neuron of the model, as mined; `ablate(value="mean")`
             writes these, and refuses NaN. Not part of equality.
@@ -91,13 +91,7 @@ class NeuronSet(Result):
                 f"{layers} layers x {neurons} neurons."
             )
         index = as_pairs(pairs)
-        outside = (index < 0) | (index >= torch.tensor([layers, neurons]))
-        if outside.any():
-            first = tuple(index[outside.any(1)][0].tolist())
-            raise ValueError(
-                f"Neuron {first} (layer, neuron) lies outside {layers} layers x {neurons} neurons; "
-                f"both count from 0."
-            )
+        _require_inside(index, layers, neurons, identity)
         member = torch.zeros(layers, neurons, dtype=torch.bool)
         member[index[:, 0], index[:, 1]] = True
         object.__setattr__(self, "layers", layers)
@@ -195,10 +189,9 @@ class NeuronSet(Result):
             >>> len(NeuronSet.random(5, like=chosen, seed=1))
             5
         """
-        total = like.layers * like.neurons
-        if not 0 <= count <= total:
-            raise ValueError(f"Cannot draw {count} of the model's {total} neurons.")
-        mask = random(like.layers, like.neurons, count, seed)
+        if not 0 <= count <= like.total:
+            raise ValueError(f"Cannot draw {count} of the model's {like.total} neurons.")
+        mask = random(like.exists, count, seed)
         return cls.from_mask(mask, like.identity, like.means, like.site)
 
     @classmethod
@@ -213,13 +206,25 @@ class NeuronSet(Result):
             >>> NeuronSet.random_like(chosen, seed=1).counts()
             [1, 0, 2]
         """
-        mask = random_in_layers(like.counts(), like.neurons, seed)
+        mask = random_in_layers(like.counts(), like.exists, seed)
         return cls.from_mask(mask, like.identity, like.means, like.site)
 
     @property
     def mask(self) -> Bool[Tensor, "layer neuron"]:
         """A new tensor, True at the set's neurons."""
         return self._member.clone()
+
+    @property
+    def exists(self) -> Bool[Tensor, "layer neuron"]:
+        """A new tensor, True at the model's neurons: all, unless layers have different numbers."""
+        if self.identity is None:
+            return torch.ones_like(self._member)
+        return self.identity.exists
+
+    @property
+    def total(self) -> int:
+        """How many neurons the model has."""
+        return self.layers * self.neurons if self.identity is None else self.identity.total
 
     @property
     def means(self) -> Float[Tensor, "layer neuron"] | None:
@@ -252,8 +257,7 @@ class NeuronSet(Result):
     def __repr__(self) -> str:
         model = "" if self.identity is None else f", model={self.identity.name!r}"
         site = "" if self.site == "llm" else f", site={self.site!r}"
-        total = self.layers * self.neurons
-        return f"NeuronSet({len(self)} of {total} neurons, {self.layers} layers{model}{site})"
+        return f"NeuronSet({len(self)} of {self.total} neurons, {self.layers} layers{model}{site})"
 
     def __or__(self, other: NeuronSet) -> NeuronSet:
         return self._with(other, self._member | self._other(other))
@@ -268,7 +272,7 @@ class NeuronSet(Result):
         return self._with(other, self._member ^ self._other(other))
 
     def __invert__(self) -> NeuronSet:
-        return self._with(self, ~self._member)
+        return self._with(self, ~self._member & self.exists)
 
     def __le__(self, other: NeuronSet) -> bool:
         return not (self._member & ~self._other(other)).any()
@@ -326,7 +330,8 @@ class NeuronSet(Result):
         import pandas as pd
 
         counts = self.counts()
-        shares = [count / self.neurons for count in counts]
+        widths = self.exists.sum(1).tolist()
+        shares = [count / width for count, width in zip(counts, widths, strict=True)]
         return pd.DataFrame({"neurons": counts, "share": shares}).rename_axis("layer")
 
     def to_parts(self) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
@@ -380,3 +385,25 @@ class NeuronSet(Result):
             # NaN differs from itself, so what was once in doubt stays so in any order of sets.
             means = self._means.where(self._means == other._means, torch.nan)
         return NeuronSet.from_mask(member, identity, means, self.site)
+
+
+def _require_inside(
+    index: Int64[Tensor, "pair 2"], layers: int, neurons: int, identity: ModelIdentity | None
+) -> None:
+    """Refuse pairs that are no neurons of the model."""
+    outside = ((index < 0) | (index >= torch.tensor([layers, neurons]))).any(1)
+    if outside.any():
+        first = tuple(index[outside][0].tolist())
+        raise ValueError(
+            f"Neuron {first} (layer, neuron) lies outside {layers} layers x {neurons} neurons; "
+            f"both count from 0."
+        )
+    if identity is None or identity.widths is None:
+        return
+    beyond = index[~identity.exists[index[:, 0], index[:, 1]]]
+    if len(beyond):
+        layer, neuron = beyond[0].tolist()
+        raise ValueError(
+            f"There is no neuron {neuron} in layer {layer}, which has {identity.widths[layer]}; "
+            f"the widest layer has {neurons}."
+        )

@@ -134,6 +134,22 @@ class Analyzer(Stateful, ABC, Generic[R]):
         """So that `sum` works, which begins with 0."""
         return self._copied() if isinstance(other, int) and other == 0 else NotImplemented
 
+    def widened(self, of_neurons: Tensor, fill: float = 0) -> Tensor:
+        """What belongs to a layer's neurons, [... neuron], for state that has all layers.
+
+        Where layers have different numbers of neurons, narrow ones are filled up to the widest;
+        elsewhere it is as it was. Give it what is about to be added: `x` itself is never wider than
+        its layer.
+
+        Args:
+            of_neurons: Its last axis is the layer's neurons.
+            fill: What stands where the layer has no neuron.
+        """
+        if self.identity is None or self.identity.widths is None:
+            return of_neurons
+        missing = self.identity.neurons - of_neurons.shape[-1]
+        return torch.nn.functional.pad(of_neurons, (0, missing), value=fill)
+
     # What `run` calls.
 
     def begin(self, model: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from miner_lens.models.identity import ModelIdentity, better_known
@@ -125,7 +125,12 @@ class DomainCounts(Result):
                 f"({', '.join(self.domains)}). Count over data with two labels at least."
             )
         self._require_tokens()
-        masks = lape.lape(self.over_zero, self.tokens, top_rate, filter_rate, bar_ratio)
+        there = self._exists
+        found = lape.lape(
+            self.over_zero[there][None], self.tokens, top_rate, filter_rate, bar_ratio
+        )
+        masks = torch.zeros(len(self.domains), *there.shape, dtype=torch.bool)
+        masks = masks.masked_scatter(there, found)
         return Selection(
             (domain, NeuronSet.from_mask(mask, self.identity))
             for domain, mask in zip(self.domains, masks, strict=True)
@@ -142,7 +147,8 @@ class DomainCounts(Result):
         columns = {"over_zero": self.over_zero.flatten().numpy(), "tokens": tokens}
         table = pd.DataFrame(columns, index=index).reset_index()
         table.insert(0, "site", self.site)
-        return table
+        there = self._exists[..., None].expand(self.over_zero.shape).flatten().numpy()
+        return table[there].reset_index(drop=True)
 
     def __add__(self, other: DomainCounts) -> DomainCounts:
         if not isinstance(other, DomainCounts):
@@ -174,7 +180,7 @@ class DomainCounts(Result):
         model = "" if self.identity is None else f" of {self.identity.name}"
         name = max(len("domain"), *map(len, self.domains), 0)
         rows = [f"{'domain':<{name}}  {'tokens':>9}  {'positive':>8}"]
-        shares = self.probabilities.mean((0, 1))
+        shares = self.probabilities[self._exists].mean(0)
         for domain, tokens, share in zip(
             self.domains, self.tokens.tolist(), shares.tolist(), strict=True
         ):
@@ -188,7 +194,7 @@ class DomainCounts(Result):
 
         columns = {
             "tokens": self.tokens.tolist(),
-            "positive": self.probabilities.mean((0, 1)).tolist(),
+            "positive": self.probabilities[self._exists].mean(0).tolist(),
         }
         return pd.DataFrame(columns, list(self.domains)).rename_axis("domain")
 
@@ -212,6 +218,12 @@ class DomainCounts(Result):
             identity=identity,
             info=metadata["info"],
         )
+
+    @property
+    def _exists(self) -> Bool[Tensor, "layer neuron"]:
+        if self.identity is None:
+            return torch.ones(self.over_zero.shape[:2], dtype=torch.bool)
+        return self.identity.exists
 
     def _require_tokens(self) -> None:
         for domain, tokens in zip(self.domains, self.tokens.tolist(), strict=True):

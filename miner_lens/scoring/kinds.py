@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from miner_lens.models.identity import ModelIdentity
@@ -97,11 +97,21 @@ class NeuronKinds(Result):
         """
         if not 0 <= least <= 1:
             raise ValueError(f"least is a share and must lie in 0 to 1; got {least}.")
-        labels, sure = self.labels, self.shares.amax(0) >= least
+        labels, sure = self.labels, (self.shares.amax(0) >= least) & self._exists
         return Selection(
             (kind, NeuronSet.from_mask((labels == place) & sure, self.identity))
             for place, kind in enumerate(self.kinds)
         )
+
+    @property
+    def _exists(self) -> Bool[Tensor, "layer neuron"]:
+        if self.identity is None:
+            return torch.ones(self.shares.shape[1:], dtype=torch.bool)
+        return self.identity.exists
+
+    @property
+    def _counts(self) -> Int[Tensor, " kind"]:
+        return torch.bincount(self.labels[self._exists], minlength=len(self.kinds))
 
     def to_scores(self) -> ImportanceScores:
         """The shares of the medium and of text as scores, with the one metric `share`."""
@@ -115,17 +125,17 @@ class NeuronKinds(Result):
 
     def __repr__(self) -> str:
         _, layers, neurons = self.shares.shape
-        counts = torch.bincount(self.labels.flatten(), minlength=len(self.kinds)).tolist()
+        counts = self._counts.tolist()
         lines = [f"NeuronKinds({layers} layers x {neurons} neurons, {self.samples} samples)"]
         for kind, count in zip(self.kinds, counts, strict=True):
-            lines.append(f"{kind:<10}  {count:>8}  {count / (layers * neurons):7.1%}")
+            lines.append(f"{kind:<10}  {count:>8}  {count / sum(counts):7.1%}")
         return "\n".join(lines)
 
     def overview(self) -> pd.DataFrame:
         """How many neurons are of each kind, and their share of all."""
         import pandas as pd
 
-        counts = torch.bincount(self.labels.flatten(), minlength=len(self.kinds))
+        counts = self._counts
         columns = {"neurons": counts.tolist(), "share": (counts / counts.sum()).tolist()}
         return pd.DataFrame(columns, list(self.kinds)).rename_axis("kind")
 

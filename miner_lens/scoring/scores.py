@@ -8,7 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from miner_lens.models.identity import ModelIdentity, better_known
@@ -123,8 +123,20 @@ class ImportanceScores(Result):
 
     @property
     def neurons(self) -> int:
-        """Number of neurons in each layer."""
+        """Number of neurons in each layer; in the widest, where layers differ."""
         return self.values.shape[3]
+
+    @property
+    def exists(self) -> Bool[Tensor, "layer neuron"]:
+        """True at the model's neurons: all, unless layers have different numbers of them."""
+        if self.identity is None:
+            return torch.ones(self.layers, self.neurons, dtype=torch.bool)
+        return self.identity.exists
+
+    @property
+    def total(self) -> int:
+        """How many neurons the model has."""
+        return self.layers * self.neurons if self.identity is None else self.identity.total
 
     @property
     def site(self) -> str:
@@ -149,7 +161,7 @@ class ImportanceScores(Result):
         name = max(len("modality"), *map(len, self.modalities), 0)
         head = f"{'modality':<{name}}  {'samples':>7}" + "".join(f"  {m:>6}" for m in self.metrics)
         widths = [max(6, len(metric)) for metric in self.metrics]
-        means = self.values.mean((2, 3)).T.tolist()
+        means = (self.values.sum((2, 3)) / self.total).T.tolist()
         rows = [
             f"{modality:<{name}}  {count:>7}"
             + "".join(f"  {mean:{width}.4f}" for mean, width in zip(row, widths, strict=True))
@@ -315,7 +327,7 @@ class ImportanceScores(Result):
             # to hold modalities against each other by.
             shares = [self.occurrences[place] / self.samples for place in chosen]
             combined = combined / combined.new_tensor(shares)[:, None, None]
-        masks = select.select(combined, ratio, strategy, seed)
+        masks = select.select(combined, ratio, strategy, seed, self.exists)
         means = self._overall_means()
         keys = ["random"] if strategy == "random" else names
         return Selection(
@@ -332,13 +344,16 @@ class ImportanceScores(Result):
         values = {"score": self.values.cpu().flatten().numpy()}
         table = pd.DataFrame(values, index=index).reset_index()
         table.insert(0, "site", self.site)
+        if self.total < self.layers * self.neurons:
+            there = self.exists.expand(self.values.shape).flatten().numpy()
+            table = table[there].reset_index(drop=True)
         return table
 
     def overview(self) -> pd.DataFrame:
         """Of each modality, the samples that have it and its mean score by each metric."""
         import pandas as pd
 
-        means = self.values.mean((2, 3)).T.cpu().numpy()
+        means = (self.values.sum((2, 3)) / self.total).T.cpu().numpy()
         table = pd.DataFrame(means, list(self.modalities), list(self.metrics))
         table.insert(0, "samples", list(self.occurrences))
         return table.rename_axis("modality")

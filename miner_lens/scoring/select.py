@@ -21,6 +21,9 @@ from miner_lens.scoring.kernels import METRICS
 # Where packages name strategies of their own: functions as those below.
 ENTRY_POINTS = "miner_lens.strategies"
 
+# Those that look at all layers together, for which neurons might as well be in one.
+_ACROSS_LAYERS = ("adaptive", "LA_MU", "contrastive", "lape")
+
 # MINER's own.
 PUBLISHED = ("adaptive", "LA_MU", "LU_MA", "uniform", "random")
 DEFAULT_WEIGHTS = (0.0, 0.25, 0.25, 0.5, 0.0)
@@ -208,8 +211,23 @@ def find(strategy: str) -> Callable[..., Tensor]:
     return loaded
 
 
-def budget(ratio: float, strategy: str, modalities: int, layers: int, neurons: int) -> int:
+def budget(
+    ratio: float,
+    strategy: str,
+    modalities: int,
+    layers: int,
+    neurons: int,
+    total: int | None = None,
+) -> int:
     """K, the number of neurons that a ratio stands for: `int(ratio * layers * neurons)`.
+
+    Args:
+        ratio: Share of the neurons.
+        strategy: Its name.
+        modalities: How many there are.
+        layers: How many there are.
+        neurons: Of each layer, or of the widest.
+        total: How many neurons there are, where layers have different numbers of them.
 
     Raises:
         ValueError: If the strategy is unknown, the ratio lies outside (0, 1], or K leaves some
@@ -230,21 +248,29 @@ def budget(ratio: float, strategy: str, modalities: int, layers: int, neurons: i
         raise ValueError(
             f"ratio must lie in (0, 1], as the share of the model's neurons; got {ratio}."
         )
-    k = int(ratio * layers * neurons)
+    if total is None:
+        total = layers * neurons
+    k = int(ratio * total)
     least, each = cells.get(strategy, (1, ""))
     if k < least:
-        smallest = math.ceil(least / (layers * neurons) * 1e6) / 1e6
-        while int(smallest * layers * neurons) < least:
+        full = total == layers * neurons
+        many = f"{layers} layers x {neurons}" if full else f"{total}"
+        smallest = math.ceil(least / total * 1e6) / 1e6
+        while int(smallest * total) < least:
             smallest += 1e-6
         raise ValueError(
-            f"ratio {ratio} of {layers} layers x {neurons} neurons is {k} neurons; {strategy} "
+            f"ratio {ratio} of {many} neurons is {k} neurons; {strategy} "
             f"needs at least {least}, one{each}. The smallest ratio that works is {smallest:g}."
         )
     return k
 
 
 def select(
-    scores: Float[Tensor, "modality layer neuron"], ratio: float, strategy: str, seed: int = 0
+    scores: Float[Tensor, "modality layer neuron"],
+    ratio: float,
+    strategy: str,
+    seed: int = 0,
+    exists: Bool[Tensor, "layer neuron"] | None = None,
 ) -> Bool[Tensor, "set layer neuron"]:
     """Membership of each neuron in each modality's set; `random` gives a single set.
 
@@ -253,6 +279,8 @@ def select(
         ratio: Share of the model's neurons to select.
         strategy: One of `STRATEGIES`, or one that an installed package names; see `find`.
         seed: Seed of `random`.
+        exists: Which neurons there are, where layers have different numbers of them. Others are
+            never chosen, and count for nothing; a package's strategy sees -inf there.
 
     Raises:
         ValueError: As `budget`, or a package's strategy returns something else than masks.
@@ -263,16 +291,21 @@ def select(
         [[0, 0], [1, 1]]
     """
     modalities, layers, neurons = scores.shape
-    k = budget(ratio, strategy, modalities, layers, neurons)
+    there = torch.ones(layers, neurons, dtype=torch.bool) if exists is None else exists
+    k = budget(ratio, strategy, modalities, layers, neurons, int(there.sum()))
     if strategy == "random":
-        return random(layers, neurons, k, seed)[None]
-    chosen = find(strategy)(scores, k)
+        return random(there, k, seed)[None]
+    there = there.to(scores.device)
+    if strategy in _ACROSS_LAYERS:
+        found = find(strategy)(scores[:, there][:, None], k)
+        return torch.zeros_like(scores, dtype=torch.bool).masked_scatter(there, found)
+    chosen = find(strategy)(scores.masked_fill(~there, -torch.inf), k)
     if chosen.shape != scores.shape or chosen.dtype != torch.bool:
         raise ValueError(
             f"The strategy {strategy!r} returned {chosen.dtype} of shape {list(chosen.shape)}; "
             f"expected booleans [modality layer neuron] = {list(scores.shape)}, as its scores."
         )
-    return chosen
+    return chosen & there
 
 
 def _top(scores: Float[Tensor, " *cell"], k: int) -> Bool[Tensor, " *cell"]:

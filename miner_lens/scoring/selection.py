@@ -36,7 +36,7 @@ class Selection(dict[str, NeuronSet], Result):
     def __repr__(self) -> str:
         if not self:
             return "Selection(no neurons)"
-        total = max(chosen.layers * chosen.neurons for chosen in self.values())
+        total = max(chosen.total for chosen in self.values())
         counts = ", ".join(f"{modality}: {len(chosen)}" for modality, chosen in self.items())
         return f"Selection({sum(map(len, self.values()))} of {total} neurons; {counts})"
 
@@ -58,7 +58,7 @@ class Selection(dict[str, NeuronSet], Result):
             modality: {
                 "site": chosen.site,
                 "neurons": len(chosen),
-                "share": len(chosen) / (chosen.layers * chosen.neurons),
+                "share": len(chosen) / chosen.total,
                 "layers": len(chosen.by_layer()),
             }
             for modality, chosen in self.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import sites
 from miner_lens.models.inside import hf_model_of
-from tests.families import Inputs
+from tests.families import Inputs, build
 from tests.models.test_inside import shape_of
 from tests.parts import FAMILIES, Part
 from tests.scoring.test_kernels import twin
+from tests.towers import TEXT
 
 # Those that TransformerLens has an adapter for, which computes attention in its own way.
 REBUILT = {
@@ -251,3 +253,37 @@ def test_unwrapped_is_as_never_wrapped(family: Plain) -> None:
     with unwrapped(family) as plain:
         assert shape_of(plain) == shape_of(family.untouched)
         assert torch.equal(logits(plain, family.inputs), family.logits)
+
+
+def deepseek() -> Any:
+    """Of its queries and keys only a part is rotated."""
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8}
+    heads = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "num_key_value_heads": 4}
+    return build("DeepseekV3ForCausalLM", **TEXT | ranks | heads | {"first_k_dense_replace": 2})
+
+
+@pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
+@pytest.mark.parametrize(
+    ("make", "act"),
+    [
+        (lambda: build("Phi3ForCausalLM", **TEXT), "mlp.activation_fn"),
+        (lambda: build("Glm4ForCausalLM", **TEXT | {"head_dim": 8}), "mlp.activation_fn"),
+        (deepseek, "mlp.act_fn"),
+    ],
+    ids=["phi3", "glm4", "deepseek_v3"],
+)
+def test_attention_that_is_rebuilt_in_other_ways(make: Any, act: str) -> None:
+    model, inputs = make(), FAMILIES["llama"].make()[1]
+    real = inputs["attention_mask"].bool()
+    parts = {"llm": Part("model.layers", act, "self_attn", "mlp.down_proj")}
+    plain = SimpleNamespace(untouched=copy.deepcopy(model), inputs=inputs, parts=parts, real=real)
+    bridge = ml.wrap(model)
+    masks = {"text": real}
+    expected = of_decoder(plain, masks)  # type: ignore[arg-type]
+    for one in (bridge, copy.deepcopy(bridge)):
+        scores = ml.mine(one, [(inputs, masks)], progress=False)
+        torch.testing.assert_close(scores.values, expected, atol=1e-5, rtol=0)
+    theirs = logits(plain.untouched, inputs)[real]
+    torch.testing.assert_close(logits(bridge, inputs)[real], theirs, atol=1e-5, rtol=0)
+    ml.unwrap(bridge)
+    assert shape_of(model) == shape_of(plain.untouched)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -32,12 +35,15 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     SiglipImageProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
     WhisperFeatureExtractor,
 )
 
 import miner_lens as ml
 from miner_lens.models import access
-from tests.families import PATCH, SIDE
+from tests.families import AUDIO_TOWER, PATCH, SIDE, build, text
 from tests.models.test_experts import qwen3_vl_moe
 from tests.models.test_families import of_decoder
 from tests.parts import FAMILIES
@@ -144,6 +150,17 @@ def qwen2_5_omni() -> Any:
     )
 
 
+def smolvlm() -> Any:
+    """It names the number of a video's frames, and needs a package for that also without videos."""
+    pytest.importorskip("num2words")
+    tokens = {"image_token": "<image>", "video_token": "<video>", "fake_image_token": "<start>"}
+    tokens |= {"global_image_token": "<end>", "end_of_utterance_token": "</s>"}
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    videos = SmolVLMVideoProcessor(**sizes)
+    images = SmolVLMImageProcessor(**sizes)
+    return SmolVLMProcessor(images, tokenizer(**tokens), videos, image_seq_len=1)
+
+
 FRAMED = "<start><image><end>"
 # A processor for each family, how its chat template writes an image, and how many placeholders it
 # makes of a picture of 64 x 64 pixels.
@@ -152,6 +169,7 @@ MADE: dict[str, tuple[Callable[[], Any], str, int]] = {
     "gemma3": (gemma3, "<start>", 4),
     "paligemma": (paligemma, "<image>", 4),
     "internvl": (internvl, "<image>", 10),  # nine tiles, and the whole
+    "smolvlm": (smolvlm, "<image>", 5),  # four tiles, and the whole
     "mistral3": (mistral3, "<image>", 4),
     "qwen2_5_vl": (qwen2_5_vl, FRAMED, 16),
     "qwen3_vl": (qwen3_vl, FRAMED, 16),
@@ -236,3 +254,61 @@ def question(heard: bool) -> list[dict[str, Any]]:
 def test_placeholders_are_those_of_the_models() -> None:
     ids = tokenizer().convert_tokens_to_ids(["<image>", "<audio>"])
     assert ids == [IMAGE, AUDIO]
+
+
+def voxtral(folder: Path) -> Any:
+    """With a tokenizer of Mistral's own, of one token for each byte."""
+    pytest.importorskip("mistral_common")
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    control = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS][:24]
+    control += [f"<{n}>" for n in range(len(control), 24)] + [
+        "[AUDIO]",
+        "[BEGIN_AUDIO]",
+        "[TRANSCRIBE]",
+    ]
+    byte = [base64.b64encode(bytes([n])).decode() for n in range(256)]
+    made = {
+        "config": {
+            "pattern": r"[\s\S]",
+            "num_vocab_tokens": len(byte),
+            "default_vocab_size": len(byte) + len(control),
+            "default_num_special_tokens": len(control),
+            "version": "v7",
+        },
+        "vocab": [{"rank": n, "token_bytes": b, "token_str": None} for n, b in enumerate(byte)],
+        "special_tokens": [
+            {"rank": n, "token_str": token, "is_control": True} for n, token in enumerate(control)
+        ],
+        "audio": {
+            "sampling_rate": 16_000,
+            "frame_rate": 12.5,
+            "chunk_length_s": 30,
+            "audio_encoding_config": {"num_mel_bins": 8, "hop_length": 160, "window_size": 400},
+        },
+    }
+    (folder / "tekken.json").write_text(json.dumps(made))
+    own = transformers.MistralCommonBackend(tokenizer_path=str(folder / "tekken.json"))
+    return transformers.VoxtralProcessor(WhisperFeatureExtractor(feature_size=8), own)
+
+
+def test_a_tokenizer_of_mistral(tmp_path: Path) -> None:
+    processor = voxtral(tmp_path)
+    heard = AUDIO_TOWER | {"encoder_ffn_dim": 80, "intermediate_size": 80}
+    model = build(
+        "VoxtralForConditionalGeneration",
+        text_config=text(vocab_size=300),
+        audio_config=heard | {"max_source_positions": 1500},
+        audio_token_id=24,
+    )
+    bridge = ml.wrap(model, processor)
+    messages = [{"role": "user", "content": question(True)[1:]}]
+    report = ml.check_family(bridge, messages)
+    assert report.passed, report
+    ids = ml.inputs(bridge, messages)["input"][0].tolist()
+    assert ids.count(24) == 375  # thirty seconds, as all sounds are padded to that
+    assert bytes(i - 27 for i in ids if i >= 27).decode() == "what is this?"
+    for site in ("llm", "audio", "projector"):
+        scores = ml.mine(bridge, [ml.Sample(messages)], progress=False, site=site)
+        assert scores["audio"].any()
+    assert {0, 1, 2, 25} <= access.layout(bridge).special

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,18 +34,12 @@ TEXTS = [(IDS, {"text": IDS["input_ids"] != 0})]
 
 @pytest.fixture(scope="module")
 def phi() -> Any:
-    """Gate and up are one projection, and TransformerLens's attention hides queries and keys."""
+    """Gate and up are one projection."""
     torch.manual_seed(0)
     return ml.wrap(Phi3ForCausalLM(Phi3Config(**TEXT)).eval())
 
 
-@pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
-def test_metrics_without_attention(phi: Any) -> None:
-    with pytest.raises(RuntimeError, match="metrics="):
-        ml.mine(phi, TEXTS, progress=False)
-    scores = ml.mine(phi, TEXTS, metrics=("prob", "mean", "max"), progress=False)
-    assert scores.values[:3].amax() == 1
-    assert not scores.values[3:].any()
+def test_metrics_without_attention() -> None:
     inputs = towers.vision_inputs()
     bridge = ml.wrap(towers.vision_model())
     for site in ("llm", "vision"):
@@ -177,10 +172,21 @@ def test_a_tower_without_hookable_activations() -> None:
 
 
 def test_experts_without_hookable_activations() -> None:
+    """X is told from what gate and up make together."""
     model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+    means = ml.mine(ml.wrap(copy.deepcopy(model)), TEXTS, progress=False).means
     for layer in model.model.layers:
         del layer.mlp.experts.act_fn
         layer.mlp.experts.act_fn = silu
+    torch.testing.assert_close(ml.mine(ml.wrap(model), TEXTS, progress=False).means, means)
+
+
+def test_experts_of_no_product() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2)).eval()
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        own = {"_apply_gate": lambda self, both: both.chunk(2, -1)[0] + both.chunk(2, -1)[1].exp()}
+        experts.__class__ = type("Sums", (type(experts),), own)
     bridge = ml.wrap(model)
     with pytest.raises(ValueError, match=r"no gated MLP .* but experts that transformers'"):
         ml.mine(bridge, TEXTS, progress=False)

@@ -162,13 +162,16 @@ def test_ties_take_the_lowest_index() -> None:
 
 
 def test_random_is_seeded_and_without_replacement() -> None:
-    first = select.random(4, 50, 20, seed=3)
-    assert torch.equal(first, select.random(4, 50, 20, seed=3))
-    assert not torch.equal(first, select.random(4, 50, 20, seed=4))
+    every, few = torch.ones(4, 50, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    first = select.random(every, 20, seed=3)
+    assert torch.equal(first, select.random(every, 20, seed=3))
+    assert not torch.equal(first, select.random(every, 20, seed=4))
     assert first.sum() == 20
-    assert select.random(4, 50, 200).all()
-    counts = Counter(select.random(2, 5, 1, seed).flatten().nonzero().item() for seed in range(200))
+    assert select.random(every, 200).all()
+    counts = Counter(select.random(few, 1, seed).flatten().nonzero().item() for seed in range(200))
     assert len(counts) == 10
+    every[0, 7:] = False
+    assert torch.equal(select.random(every, int(every.sum())), every)
 
 
 def test_weights_as_a_mapping() -> None:
