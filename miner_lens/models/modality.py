@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from miner_lens.models.packages import described
+from miner_lens.installed import described
 
 MODALITIES = ("text", "special", "special_text", "image", "video", "audio", "prompt")
 MEDIA = ("image", "video", "audio")
