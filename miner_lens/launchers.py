@@ -8,35 +8,24 @@ import re
 PORTS = range(15_000, 30_000)  # below those that systems hand out by themselves
 
 
-def launcher() -> tuple[int, int, str, int] | None:
-    """Rank, number of ranks, and where they meet, as the launcher's environment says.
+def launcher() -> tuple[int, int, str] | None:
+    """Rank, number of ranks, and where they meet as torch.distributed reads it.
 
     torchrun and accelerate set `RANK` and its kin. srun sets its own for each process of a step;
     the variables of a whole SLURM job, which a batch script has too, do not count.
-
-    Raises:
-        ValueError: The environment names a rank but not where to meet.
     """
     variables = os.environ
     if "RANK" in variables and "WORLD_SIZE" in variables:
-        rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-        needed = ("MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in needed if name not in variables]
-        if world > 1 and missing:
-            raise ValueError(
-                f"RANK={rank} and WORLD_SIZE={world} are set, but not {' and '.join(missing)}. "
-                "Start the processes with torchrun, or unset RANK and WORLD_SIZE for one process."
-            )
-        host, port = (variables.get(name, "0") for name in needed)
+        rank, world, meeting = int(variables["RANK"]), int(variables["WORLD_SIZE"]), "env://"
     elif "SLURM_PROCID" in variables and "SLURM_STEP_NUM_TASKS" in variables:
         rank, world = int(variables["SLURM_PROCID"]), int(variables["SLURM_STEP_NUM_TASKS"])
         nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
         host = variables.get("MASTER_ADDR") or first_host(nodes)
         job = int(variables.get("SLURM_JOB_ID", 0)) + int(variables.get("SLURM_STEP_ID", 0))
-        port = variables.get("MASTER_PORT", str(PORTS[job % len(PORTS)]))
+        meeting = f"tcp://{host}:{variables.get('MASTER_PORT', PORTS[job % len(PORTS)])}"
     else:
         return None
-    return (rank, world, host, int(port)) if world > 1 else None
+    return (rank, world, meeting) if world > 1 else None
 
 
 def rank() -> int:

@@ -13,8 +13,7 @@ from miner_lens.analyzers.importance import versions
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch
-from miner_lens.running.batches import BatchSize
-from miner_lens.running.passes import Objective, OnError
+from miner_lens.running.passes import BatchSize, Objective, OnError
 from miner_lens.running.run import Data, run
 from miner_lens.scoring.scores import ImportanceScores
 

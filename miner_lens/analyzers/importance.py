@@ -16,8 +16,7 @@ from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
-from miner_lens.running.batches import BatchSize
-from miner_lens.running.passes import OnError
+from miner_lens.running.passes import BatchSize, OnError
 from miner_lens.running.run import Data, run
 from miner_lens.scoring import kernels
 from miner_lens.scoring.scores import ImportanceScores

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 
 import numpy as np
 
+from miner_lens import installed
 from miner_lens.data.captions import bleu, cider, sentence_similarity, tfidf_cosine
 from miner_lens.data.sample import Sample
 from miner_lens.data.vqa_accuracy import vqa_accuracy
@@ -192,17 +192,8 @@ def find(name: str) -> Metric:
         >>> find("containment") is containment
         True
     """
-    if name in METRICS:
-        return METRICS[name]
-    installed = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if name not in installed:
-        known = ", ".join(dict.fromkeys([*METRICS, *installed]))
-        raise ValueError(
-            f"There is no metric {name!r}; there are {known}. To add one, name a function in the "
-            f"entry-point group {ENTRY_POINTS!r}, or pass it: metrics={{{name!r}: function}}."
-        )
-    loaded: Metric = installed[name].load()
-    return loaded
+    otherwise = f", or pass it: metrics={{{name!r}: function}}"
+    return installed.find("metric", name, METRICS, ENTRY_POINTS, otherwise)
 
 
 def by_name(metrics: Metrics) -> dict[str, Metric]:

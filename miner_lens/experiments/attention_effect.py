@@ -11,7 +11,7 @@ from miner_lens.analyzers.attention_bound import PUBLISHED, AttentionBoundAnalyz
 from miner_lens.analyzers.importance import AttentionMode, ImportanceAnalyzer
 from miner_lens.experiments.figures import COLOURS, panels
 from miner_lens.experiments.result import Finding
-from miner_lens.running.batches import BatchSize
+from miner_lens.running.passes import BatchSize
 from miner_lens.running.run import Data, run
 from miner_lens.scoring.kernels import METRICS
 from miner_lens.scoring.scores import ImportanceScores

@@ -30,10 +30,9 @@ from miner_lens.models.inside import hf_model_of
 from miner_lens.neurons.ablation import Neurons, Value, ablate, check_neurons
 from miner_lens.neurons.active import active
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.running.batches import Sampler
 from miner_lens.running.distributed import joined
-from miner_lens.running.shards import Items
-from miner_lens.running.work import state_of, work_through
+from miner_lens.running.passes import Sampler
+from miner_lens.running.work import Items, work_through
 
 # So many samples are held prepared, media and all, and sorted by their length.
 WINDOW = 32
@@ -157,19 +156,18 @@ def trials(
         raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
     asking = _Asking(model, checked, batch_size, _ends(model), metric, max_new_tokens)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, None)
-    with evaluating(model), torch.no_grad(), joined(checkpoint) as ranks:
-        settings: dict[str, Any] = {}
-        if ranks.world_size > 1 or checkpoint is not None:
-            settings = state_of(model) | {
-                "analyzers": [["trials", TABLE]],
-                "conditions": [[one.condition.name, one.done] for one in checked],
-                "batch_size": batch_size,
-                "metric": described(metric) if callable(metric) else metric,
-                "max_new_tokens": max_new_tokens if callable(metric) else None,
-            }
+    settings = {
+        "analyzers": [["trials", TABLE]],
+        "conditions": [[one.condition.name, one.done] for one in checked],
+        "batch_size": batch_size,
+        "metric": described(metric) if callable(metric) else metric,
+        "max_new_tokens": max_new_tokens if callable(metric) else None,
+    }
+    with evaluating(model), torch.no_grad(), joined() as ranks:
         sampler = Sampler(max(WINDOW, batch_size), input_device(model))
         seen, _ = work_through(
             ranks,
+            model,
             items,
             [asking.scored],
             sampler,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from miner_lens.models.packages import described
+from miner_lens.installed import described
 from miner_lens.models.structure import plain
 
 ENTRY_POINTS = "miner_lens.items"

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from miner_lens.installed import described
 from miner_lens.models.mistral import is_mistral
-from miner_lens.models.packages import described
 
 MODALITIES = ("text", "special", "special_text", "image", "video", "audio", "prompt")
 MEDIA = ("image", "video", "audio")

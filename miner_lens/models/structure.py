@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from miner_lens.installed import described
 from miner_lens.models.modality import media_tokens
-from miner_lens.models.packages import described
 
 ENTRY_POINTS = "miner_lens.sites"
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")

@@ -1,18 +1,17 @@
 """Let a run continue where it was stopped.
 
 Each process keeps one file, replaced whole, with its analyzers' states and the items that they have
-seen. What is done is what the files say together, whoever has written them. A file that is damaged
-says nothing, so its items are done again.
+seen. What is done is what the files say together, whoever has written them: when a run is begun,
+rank 0 takes it over into its own. A file that is damaged says nothing, so its items are done again.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,157 +20,113 @@ from filelock import FileLock, Timeout
 
 from miner_lens import files
 from miner_lens.data.signature import signature
-from miner_lens.running.distributed import Ranks
-from miner_lens.running.stateful import Mergeable, State, apart, together
+from miner_lens.running.stateful import Mergeable
 
 KIND = "run"
 LOCK = ".lock"
 NAME = "rank-{rank}-of-{world_size}.safetensors"
 
-Done = dict[int, int]  # the signature of each item, by its number in the data
-
 
 @dataclass
-class Record:
-    """What a process has done.
+class Checkpoint:
+    """What a process has done in a run, and its file, if there is one.
 
     Attributes:
-        done: The items of which the analyzers have seen all that can be used, where it is kept.
-        seen: How many they are.
+        path: The file, in a folder that all processes share; None: nothing is kept, only counted.
+        state: What the items that are done have been folded into.
+        settings: What must be the same for a run to be continued; JSON can hold it.
+        seconds: Between two writes; 0: after each unit.
+        samples: Write also after so many samples.
+        done: The signature of each item that is done, by its number in the data, where it is kept.
+        seen: How many items are done.
         skipped: How many of them could not be used.
         limit: The most tokens in a pass, where batches are made by length.
     """
 
-    done: Done = field(default_factory=dict)
+    path: Path | None
+    state: Mergeable
+    settings: dict[str, Any]
+    seconds: float = 0.0
+    samples: int | None = None
+    done: dict[int, int] = field(default_factory=dict)
     seen: int = 0
     skipped: int = 0
     limit: int | None = None
-
-    def add(self, unit: dict[int, Any], skipped: int, kept: bool = True) -> None:
-        """Count the items of a unit."""
-        if kept:
-            self.done |= {number: signature(item) for number, item in unit.items()}
-        self.seen += len(unit)
-        self.skipped += skipped
-
-
-@dataclass
-class Checkpoint:
-    """The files of a run in a folder that all its processes share.
-
-    A process writes after so many seconds (0: after each unit) or samples. The settings, which JSON
-    can hold, must be the same for a run to be continued.
-    """
-
-    folder: Path
-    ranks: Ranks
-    settings: dict[str, Any]
-    seconds: float
-    samples: int | None = None
-    _replaced: list[str] = field(default_factory=list)
     _time: float = field(default_factory=time.monotonic)  # of the last write
-    _items: int = 0  # in it
-
-    @property
-    def name(self) -> str:
-        """What this process's file is called."""
-        return NAME.format(rank=self.ranks.rank, world_size=self.ranks.world_size)
+    _written: int = 0  # items in it
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Keep the folder from other runs; rank 0 does this for all. A killed process lets go.
+        """Keep the folder from other runs, and take over what its files say.
+
+        Rank 0 does this for all. A killed process lets go.
 
         Raises:
-            ValueError: Another run is using it.
+            ValueError: Another run is using it, or it holds one with other settings.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.path is None:
+            yield
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.path.with_name(LOCK)
         try:
-            with FileLock(self.folder / LOCK, timeout=0):
+            with FileLock(lock, timeout=0):
+                self._take_over(self.path)
                 yield
         except Timeout as error:
             raise ValueError(
-                f"Another run is using {self.folder}. Wait for it, or give another folder. (If "
-                f"there is none, its host may have died: remove {self.folder / LOCK}.)"
+                f"Another run is using {lock.parent}. Wait for it, or give another folder. (If "
+                f"there is none, its host may have died: remove {lock}.)"
             ) from error
 
-    def survey(self) -> dict[str, Done]:
-        """What the intact files cover, by their names. Rank 0 does this for all.
+    def add(self, unit: dict[int, Any], skipped: int, limit: int | None = None) -> None:
+        """Count the items of a unit, by number, of which some could not be used."""
+        if self.path is not None:
+            self.done |= {number: signature(item) for number, item in unit.items()}
+        self.seen += len(unit)
+        self.skipped += skipped
+        self.limit = limit
 
-        A file that shares items with a larger one is left out, and removed where it has no others:
-        it was merged into that one, or a process went on writing after its run was over.
+    def write(self, finished: bool = False) -> None:
+        """Replace the file, if it is time, or if all is done and there is anything new."""
+        new = self.seen - self._written
+        enough = self.samples is not None and new >= self.samples
+        late = time.monotonic() - self._time >= self.seconds
+        if self.path is None or not new or not (finished or enough or late):
+            return
+        items = torch.tensor(list(self.done.items()), dtype=torch.long)
+        told = {"settings": self.settings, "skipped": self.skipped, "limit": self.limit}
+        files.write(self.path, KIND, {"items": items, **self.state.state_dict()}, told)
+        self._time, self._written = time.monotonic(), self.seen
 
-        Raises:
-            ValueError: The files are of a run with other settings.
-        """
-        for half in self.folder.glob(".rank-*.safetensors.*"):  # of a write that was cut off
+    def _take_over(self, own: Path) -> None:
+        """Merge what the intact files say; afterwards all of it is in this process's own."""
+        for half in own.parent.glob(".rank-*"):  # of a write that was cut off
             half.unlink(missing_ok=True)
-        covered: dict[str, Done] = {}
-        for path in sorted(self.folder.glob(NAME.format(rank="*", world_size="*"))):
+        found = own.parent.glob(NAME.format(rank="*", world_size="*"))
+        intact = list[Path]()
+        # One that others were merged into comes before those, which share its items and are left
+        # out; as is what a process wrote that had not noticed yet that its run was over.
+        for path in sorted(found, key=lambda one: -one.stat().st_size):
             try:
-                content = files.read(path, KIND)
+                tensors, told = files.read(path, KIND)
             except ValueError as error:
                 warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
-            else:
-                covered[path.name] = self._parse(*content)[0].done
-        found, seen = dict[str, Done](), set[int]()
-        for name, done in sorted(covered.items(), key=lambda one: -len(one[1])):
-            if seen.isdisjoint(done):
-                found[name] = done
-                seen.update(done)
-            elif seen.issuperset(done):
-                (self.folder / name).unlink(missing_ok=True)
-        return found
-
-    def load(self, found: dict[str, Done], states: Sequence[Mergeable]) -> Record:
-        """Merge into new states what this process's file holds.
-
-        Rank 0 takes over the files of other numbers of ranks as well; its next write replaces them.
-
-        Raises:
-            ValueError: A file has changed since `survey` has read it.
-        """
-        ours = NAME.format(rank="*", world_size=self.ranks.world_size)
-        if self.ranks.rank == 0:
-            self._replaced = [name for name in found if not fnmatch(name, ours)]
-        total = Record()
-        for name in [self.name] * (self.name in found) + self._replaced:
-            record, held = self._parse(*files.read(self.folder / name, KIND))
-            if record.done != found[name]:
-                # Merged with what will be computed, some samples would count twice.
-                text = "was written by another process a moment ago. Start this run again, alone."
-                raise ValueError(f"{self.folder / name} {text}")
-            total.done |= record.done
-            total.seen += record.seen
-            total.skipped += record.skipped
-            total.limit = min(filter(None, (total.limit, record.limit)), default=None)
-            for own, state in zip(states, held, strict=True):
-                own.merge_state_dict(state)
-        self._items = len(total.done)
-        return total
-
-    def _parse(self, tensors: State, metadata: dict[str, Any]) -> tuple[Record, list[State]]:
-        if metadata["settings"] != self.settings:
-            raise ValueError(
-                f"{self.folder} holds another run. Its settings: {metadata['settings']}; this "
-                f"run's: {self.settings}. Use the same ones, or another folder."
-            )
-        done = dict(tensors.pop("items").tolist())
-        held = apart(tensors, len(self.settings["analyzers"]))
-        return Record(done, len(done), metadata["skipped"], metadata["limit"]), held
-
-    def is_due(self, record: Record, finished: bool = False) -> bool:
-        """Whether it is time to write, or there is anything to write after the last sample."""
-        new = len(record.done) - self._items
-        if finished:
-            return new > 0 or bool(self._replaced)
-        enough = self.samples is not None and new >= self.samples
-        return enough or time.monotonic() - self._time >= self.seconds
-
-    def write(self, record: Record, states: Sequence[Mergeable]) -> None:
-        """Put this process's file in the place of those that it replaces."""
-        items = torch.tensor(list(record.done.items()), dtype=torch.long).reshape(-1, 2)
-        metadata = {"settings": self.settings, "skipped": record.skipped, "limit": record.limit}
-        files.write(self.folder / self.name, KIND, {"items": items, **together(states)}, metadata)
-        while self._replaced:
-            (self.folder / self._replaced.pop()).unlink(missing_ok=True)
-        self._time, self._items = time.monotonic(), len(record.done)
+                continue
+            if told["settings"] != self.settings:
+                raise ValueError(
+                    f"{path.parent} holds another run. Its settings: {told['settings']}; this "
+                    f"run's: {self.settings}. Use the same ones, or another folder."
+                )
+            intact.append(path)
+            done = dict(tensors.pop("items").tolist())
+            if self.done.keys().isdisjoint(done):
+                self.done |= done
+                self.skipped += told["skipped"]
+                self.limit = min(filter(None, (self.limit, told["limit"])), default=None)
+                self.state.merge_state_dict(tensors)
+        self.seen = len(self.done)
+        self._written = self.seen if intact == [own] else 0
+        self.write(finished=True)
+        for path in set(intact) - {own}:
+            path.unlink(missing_ok=True)

@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any
 
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
+from miner_lens.data.signature import described
 from miner_lens.models.bridge import prepared_bridge
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
 from miner_lens.models.modality import Masks
 from miner_lens.running.analyzer import Analyzer
-from miner_lens.running.batches import BatchSize, Sampler
 from miner_lens.running.distributed import joined
-from miner_lens.running.passes import Objective, OnError, Passes
-from miner_lens.running.shards import Items
-from miner_lens.running.work import state_of, work_through
+from miner_lens.running.passes import BatchSize, Objective, OnError, Passes, Sampler
+from miner_lens.running.work import Items, work_through
 
-A = TypeVar("A")
-B = TypeVar("B")
 Prepared = tuple[Inputs, Masks]
 Data = Iterable[Sample] | Iterable[Prepared] | Mapping[str, Iterable[Sample]]
 
 
-class Options(TypedDict, total=False):
-    """How `run` passes data through; its docstring says what each means."""
-
-    batch_size: BatchSize
-    limit: int | None
-    on_error: OnError
-    progress: bool
-    checkpoint: str | Path | None
-    checkpoint_every: float
-    checkpoint_every_samples: int | None
-    objective: Objective
-
-
-@overload
-def run(model: Any, data: Data, analyzer: Analyzer[A], /, **options: Unpack[Options]) -> A: ...
-@overload
-def run(
-    model: Any, data: Data, a: Analyzer[A], b: Analyzer[B], /, **options: Unpack[Options]
-) -> tuple[A, B]: ...
-@overload
-def run(
-    model: Any, data: Data, *analyzers: Analyzer[Any], **options: Unpack[Options]
-) -> tuple[Any, ...]: ...
 def run(
     model: Any,
     data: Data,
@@ -86,9 +59,9 @@ def run(
         progress: Whether to show a progress bar with samples per second.
         checkpoint: A folder in which to keep the analyzers' states. Called again with the same
             model, data and settings, a run that was stopped, also by SIGKILL, continues from the
-            last write; its result is the one of an uninterrupted run, bit for bit. The number of
-            processes may change (then equal to 1e-6); they must share the folder, and no other run
-            may use it meanwhile.
+            last write; its result is the one of an uninterrupted run, bit for bit (of several
+            processes, equal to 1e-6). Their number may change; they must share the folder, and no
+            other run may use it meanwhile.
         checkpoint_every: Seconds between two writes.
         checkpoint_every_samples: Write also after so many samples of a process.
         objective: What gradients are of, where an analyzer needs them. `"answer"`: the
@@ -108,20 +81,24 @@ def run(
     """
     _check_arguments(analyzers, batch_size, limit, on_error)
     model = prepared_bridge(model)
-    device = input_device(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
-    with evaluating(model), joined(checkpoint) as ranks:
-        for analyzer in analyzers:
-            analyzer.begin(model)
-        sampler = Sampler(batch_size, device)
-        wanted = objective if any(one.needs_gradients for one in analyzers) else None
-        passes = Passes(model, analyzers, on_error, sampler, wanted)
-        settings: dict[str, Any] = {}
+    with evaluating(model), joined() as ranks:
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
-            settings = _settings(model, analyzers, batch_size, on_error, wanted)
+        for analyzer in analyzers:
+            analyzer.begin(model)
+        sampler = Sampler(batch_size, input_device(model))
+        wanted = objective if any(one.needs_gradients for one in analyzers) else None
+        passes = Passes(model, analyzers, on_error, sampler, wanted)
+        settings = {
+            "analyzers": [[type(one).__name__, one.settings] for one in analyzers],
+            "batch_size": batch_size,
+            "on_error": on_error,
+            "objective": described(wanted) if callable(wanted) else wanted,
+        }
         seen, skipped = work_through(
             ranks,
+            model,
             items,
             analyzers,
             sampler,
@@ -141,24 +118,6 @@ def run(
             warnings.warn(f"{skipped} of {seen} samples were skipped. {why}", stacklevel=2)
         results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
-
-
-def _settings(
-    model: Any,
-    analyzers: tuple[Any, ...],
-    batch_size: BatchSize,
-    on_error: str,
-    objective: Objective | None,
-) -> dict[str, Any]:
-    """What must be the same when a run is continued, as JSON has it."""
-    function = f"{objective.__module__}.{objective.__qualname__}" if callable(objective) else None
-    settings = {
-        "analyzers": [[type(one).__name__, one.settings] for one in analyzers],
-        "batch_size": batch_size,
-        "on_error": on_error,
-        "objective": function or objective,
-    }
-    return {**state_of(model), **json.loads(json.dumps(settings))}
 
 
 def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:

@@ -28,19 +28,33 @@ class Mergeable(Protocol):
         """Add what another one holds."""
 
 
-def together(states: Sequence[Mergeable]) -> State:
-    """What several hold, under `number/name`."""
-    held = [one.state_dict().items() for one in states]
-    return {f"{number}/{name}": tensor for number, one in enumerate(held) for name, tensor in one}
+class Together:
+    """Several of them as one, whose tensors are under `number/name`."""
 
+    def __init__(self, each: Sequence[Mergeable]) -> None:
+        self._each = each
 
-def apart(state: State, count: int) -> list[State]:
-    """What `together` made of so many."""
-    states: list[State] = [{} for _ in range(count)]
-    for key, tensor in state.items():
-        number, _, name = key.partition("/")
-        states[int(number)][name] = tensor
-    return states
+    def state_dict(self) -> State:
+        """What all of them hold."""
+        held = (one.state_dict().items() for one in self._each)
+        return {f"{number}/{name}": t for number, one in enumerate(held) for name, t in one}
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold what `state_dict` returned, and nothing else."""
+        for one, own in zip(self._each, self._apart(state), strict=True):
+            one.load_state_dict(own)
+
+    def merge_state_dict(self, state: State) -> None:
+        """Add what as many others hold."""
+        for one, own in zip(self._each, self._apart(state), strict=True):
+            one.merge_state_dict(own)
+
+    def _apart(self, state: State) -> list[State]:
+        states: list[State] = [{} for _ in self._each]
+        for key, tensor in state.items():
+            number, _, name = key.partition("/")
+            states[int(number)][name] = tensor
+        return states
 
 
 class Stateful:

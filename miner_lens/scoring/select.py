@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import entry_points
 
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from miner_lens import installed
 from miner_lens.neurons.draw import random
 from miner_lens.scoring.kernels import METRICS
 
@@ -198,17 +198,7 @@ def find(strategy: str) -> Callable[..., Tensor]:
         >>> find("LA_MU") is la_mu
         True
     """
-    if strategy in STRATEGIES:
-        return STRATEGIES[strategy]
-    installed = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if strategy not in installed:
-        known = _list(dict.fromkeys([*STRATEGIES, *installed]))
-        raise ValueError(
-            f"There is no strategy {strategy!r}; there are {known}. To add one, name a function in "
-            f"the entry-point group {ENTRY_POINTS!r}."
-        )
-    loaded: Callable[..., Tensor] = installed[strategy].load()
-    return loaded
+    return installed.find("strategy", strategy, STRATEGIES, ENTRY_POINTS)
 
 
 def budget(

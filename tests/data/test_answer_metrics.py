@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miner_lens import installed
 from miner_lens.data import metrics
 from miner_lens.data.vqa_accuracy import normalised
 
@@ -253,7 +254,7 @@ def total(answers: list[str], references: list[list[str]]) -> list[float]:
 
 def test_metrics_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("length", f"{__name__}:length", metrics.ENTRY_POINTS)
-    monkeypatch.setattr(metrics, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(installed, "entry_points", lambda group: [entry])
     assert one("length", "four", "x") == 4
     with pytest.raises(ValueError, match=r"no metric 'lenght'; there are .*anls, length"):
         metrics.find("lenght")

@@ -31,7 +31,7 @@ from miner_lens.analyzers.attention_sums import AttentionSums
 from miner_lens.data.media import load_media, load_video
 from miner_lens.models import access as models
 from miner_lens.models import attention, generation, sites
-from miner_lens.running.batches import Item
+from miner_lens.running.passes import Item
 from miner_lens.scoring import kernels
 from tests import towers
 from tests.analyzers.test_reference_model import EACH_SAMPLE, logits, model_inputs

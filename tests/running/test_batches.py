@@ -15,7 +15,8 @@ import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import generation
 from miner_lens.models.collate import collate
-from miner_lens.running import batches
+from miner_lens.running import passes
+from miner_lens.running.work import ahead
 from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixtures)
 from tests.running.test_run import close, image_of, mine, sample
 
@@ -96,15 +97,15 @@ def test_what_is_put_together_is_what_the_processor_makes(
 
 def test_what_does_not_fit_together_stays_apart(shapes: Any, mixed: list[ml.Sample]) -> None:
     """Such as images of different sizes, in families that do not lay patches end to end."""
-    sampler = batches.Sampler(4, torch.device("cpu"))
+    sampler = passes.Sampler(4, torch.device("cpu"))
     ids = torch.zeros(1, 5, dtype=torch.long)
 
-    def item(**inputs: torch.Tensor) -> batches.Item:
-        return batches.Item(0, None, {"input_ids": ids, **inputs})
+    def item(**inputs: torch.Tensor) -> passes.Item:
+        return passes.Item(0, None, {"input_ids": ids, **inputs})
 
     small, large = (item(pixel_values=torch.zeros(1, 3, n, n)) for n in (8, 16))
     words, typed = item(), item(token_type_ids=ids)
-    failed = batches.Item(0, None, None, ml.SampleError("unreadable"))
+    failed = passes.Item(0, None, None, ml.SampleError("unreadable"))
     for pending, together in (
         ([small, small, words, small], 4),
         ([words, small, large], 2),
@@ -171,11 +172,11 @@ def test_auto_continues_bit_for_bit(shapes: Any, mixed: list[ml.Sample], tmp_pat
     options = {"batch_size": "auto", "checkpoint": tmp_path, "checkpoint_every": 0}
     with Sizes(shapes, most=200) as whole_sizes:
         whole = mine(shapes, mixed, batch_size="auto")
-    passes = len(whole_sizes.shapes) + whole_sizes.failed
+    ran = len(whole_sizes.shapes) + whole_sizes.failed
     with Sizes(shapes, most=200) as sizes:
         for after in (
             3,
-            passes - 1,
+            ran - 1,
         ):  # in the first unit, before anything is written; in the second
             handle = shapes.original_model.register_forward_pre_hook(Stop(after))
             with pytest.raises(InterruptedError):
@@ -186,7 +187,7 @@ def test_auto_continues_bit_for_bit(shapes: Any, mixed: list[ml.Sample], tmp_pat
     assert sizes.failed > whole_sizes.failed > 0
     # The limit that was found is kept, so nothing fails once more.
     assert rest.failed == 0
-    assert sum(rows for rows, _ in rest.shapes) == len(mixed) - batches.WINDOW
+    assert sum(rows for rows, _ in rest.shapes) == len(mixed) - passes.WINDOW
     assert rest.shapes == whole_sizes.shapes[-len(rest.shapes) :]
     assert torch.equal(resumed.values, whole.values)
     assert torch.equal(resumed.means, whole.means)
@@ -202,20 +203,10 @@ class Stop:
             raise InterruptedError
 
 
-@given(
-    total=st.integers(0, 6),
-    unmade=st.none() | st.integers(0, 6),
-    unprepared=st.none() | st.integers(0, 5),
-)
-def test_ahead_gives_all_before_the_first_error(
-    total: int, unmade: int | None, unprepared: int | None
+@given(total=st.integers(0, 6), unprepared=st.none() | st.integers(0, 5))
+def test_ahead_gives_all_before_the_first_that_cannot_be_prepared(
+    total: int, unprepared: int | None
 ) -> None:
-    def items() -> Any:
-        for number in range(total):
-            if number == unmade:
-                raise LookupError(f"item {number}")
-            yield number
-
     def prepare(number: int) -> int:
         if number == unprepared:
             raise LookupError(f"preparing {number}")
@@ -230,15 +221,23 @@ def test_ahead_gives_all_before_the_first_error(
             return got, str(error)
         return got, None
 
-    one_by_one = ((number, prepare(number)) for number in items())
-    assert result(batches.ahead(items(), prepare)) == result(one_by_one)
+    one_by_one = ((number, prepare(number)) for number in range(total))
+    assert result(ahead(range(total), prepare)) == result(one_by_one)
+
+
+def test_ahead_takes_one_item_ahead_and_no_more() -> None:
+    taken: list[int] = []
+    pairs = ahead((taken.append(n) or n for n in range(5)), str)
+    for number, (item, made) in enumerate(pairs):
+        assert (item, made) == (number, str(number))
+        assert taken == list(range(min(number + 2, 5)))
 
 
 def test_samples_are_prepared_while_the_model_is_busy(
     shapes: Any, mixed: list[ml.Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, render, data = [threading.Event() for _ in range(7)], batches.render, mixed[:6]
-    threads, passes = set(), []
+    asked, render, data = [threading.Event() for _ in range(7)], passes.render, mixed[:6]
+    threads, busied = set(), []
 
     def noting(model: Any, conversations: Any, *prompt: Any) -> Any:
         threads.add(threading.current_thread())
@@ -247,15 +246,15 @@ def test_samples_are_prepared_while_the_model_is_busy(
         return render(model, conversations, *prompt)
 
     def busy(*_: Any) -> None:
-        passes.append(len(passes))
-        assert len(passes) == len(data) or asked[len(passes)].wait(30)
+        busied.append(len(busied))
+        assert len(busied) == len(data) or asked[len(busied)].wait(30)
 
-    monkeypatch.setattr(batches, "render", noting)
+    monkeypatch.setattr(passes, "render", noting)
     handle = shapes.original_model.register_forward_pre_hook(busy)
     try:
         mine(shapes, data)
     finally:
         handle.remove()
-    assert len(passes) == len(data)
+    assert len(busied) == len(data)
     assert threading.main_thread() not in threads
     assert not any(thread.is_alive() for thread in threads)

@@ -21,9 +21,9 @@ import miner_lens as ml
 from miner_lens import files
 from miner_lens.data.signature import signature
 from miner_lens.models import access
-from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint, Record
+from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint
 from miner_lens.running.distributed import Ranks
-from miner_lens.running.shards import Items, Shard
+from miner_lens.running.work import Items, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -39,7 +39,7 @@ from tests.running.test_checkpoint import items_in, same
 
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
 model = ml.load("shapes", device="cpu")
-data = ml.datasets.load("easy-vqa", limit=60, ask="both")
+data = ml.datasets.load("easy-vqa", limit=40, ask="both")
 begun = mmap.mmap(-1, 8)  # how many samples the model was given in this process
 
 
@@ -153,18 +153,17 @@ def test_every_item_is_dealt_once(
 ) -> None:
     """Runs with other numbers of ranks, each broken off after some units of each rank."""
     data = [f"item {number}" for number in range(total)]
-    record = Record()
+    done: dict[int, int] = {}
     for world_size, after in [*runs, (3, [100] * 3)]:
-        done, parts = dict(record.done), []
+        parts: list[dict[int, Any]] = []
         for rank in range(world_size):
             items = Items(iter(data) if walked else data, None)
-            units = list(Shard(items, size, Ranks(rank, world_size), done))
+            units = list(shard(items, size, Ranks(rank, world_size), done))
             assert all(len(unit) <= size for unit in units)
             assert not {number for unit in units for number in unit} & set(done)
             parts += units[: after[rank]]
-        for unit in parts:
-            record.add(unit, 0)
-    assert sorted(record.done) == list(range(total))
+        done |= {number: signature(item) for unit in parts for number, item in unit.items()}
+    assert sorted(done) == list(range(total))
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +223,17 @@ def test_clears_up_after_a_first_write_that_was_cut_off(
 def test_writes_after_so_many_samples(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, writes = Checkpoint.write, []
+    write, writes = files.write, []
 
-    def noting(self: Checkpoint, *arguments: Any) -> None:
-        write(self, *arguments)
+    def noting(path: Path, kind: str, tensors: Any, metadata: Any) -> None:
+        write(path, kind, tensors, metadata)
         writes.append(items_in(tmp_path))
 
-    monkeypatch.setattr(Checkpoint, "write", noting)
+    monkeypatch.setattr(files, "write", noting)
     with pytest.raises(StopHereError):
         ml.run(
             shapes,
-            stopping(data, 9),
+            stopping(data[10:], 11),
             ml.ImportanceAnalyzer(),
             batch_size=2,
             progress=False,
@@ -270,7 +269,7 @@ class Opened:
 def test_what_is_done_is_hardly_opened_again(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("miner_lens.running.shards.SPOT_CHECKS", 2)
+    monkeypatch.setattr("miner_lens.running.work.SPOT_CHECKS", 2)
     mine(shapes, Opened(data[:8]), tmp_path)
     again = Opened(data[:9])
     mine(shapes, again, tmp_path)
@@ -284,7 +283,7 @@ def test_one_changed_word_is_refused(
     shapes: Any, data: list[ml.Sample], tmp_path: Path, batch_size: Any
 ) -> None:
     with pytest.raises(StopHereError):
-        mine(shapes, stopping(data * 3, 40), tmp_path, batch_size=batch_size, on_error="skip")
+        mine(shapes, stopping(data * 3, 66), tmp_path, batch_size=batch_size, on_error="skip")
     other = data * 3
     other[5] = ml.Sample([{"role": "user", "content": "another question"}], (), other[5].id)
     with pytest.raises(ValueError, match="written over other data"):
@@ -338,23 +337,34 @@ class Numbers(ml.Analyzer[None]):
         return analyzer
 
 
-def a_file(folder: Path, rank: int, world_size: int, *numbers: int) -> Checkpoint:
+def kept_by(folder: Path, rank: int, world_size: int, state: Numbers) -> Checkpoint:
+    path = folder / NAME.format(rank=rank, world_size=world_size)
+    return Checkpoint(path, state, {"model": "m"})
+
+
+def a_file(folder: Path, rank: int, world_size: int, *numbers: int) -> None:
     """Write what a rank has seen of some items."""
-    settings = {"model": "m", "analyzers": ["Numbers"]}
-    checkpoint = Checkpoint(folder, Ranks(rank, world_size), settings, 0)
-    checkpoint.survey()
-    record = Record()
-    record.add({number: f"item {number}" for number in numbers}, 0)
-    checkpoint.write(record, [Numbers.of(len(numbers))])
-    return checkpoint
+    kept = kept_by(folder, rank, world_size, Numbers.of(len(numbers)))
+    kept.add({number: f"item {number}" for number in numbers}, 0)
+    kept.write()
+
+
+def taken_over(folder: Path, world_size: int) -> list[int]:
+    """The items that rank 0 of a new run takes over, whose state is what it should be."""
+    analyzer = Numbers()
+    kept = kept_by(folder, 0, world_size, analyzer)
+    with kept.reserved():
+        assert analyzer.samples == kept.seen == len(kept.done)
+        if kept.done:
+            assert torch.equal(analyzer["numbers"], torch.arange(3.0) * len(kept.done))
+        return sorted(kept.done)
 
 
 def test_damage_anywhere(tmp_path: Path) -> None:
     """A bit flipped in any byte, or a cut: never taken for a checkpoint, or it changed nothing."""
-    checkpoint = a_file(tmp_path, 0, 1, 0, 1)
+    a_file(tmp_path, 0, 1, 0, 1)
     (path,) = written(tmp_path)
     good = path.read_bytes()
-    whole = checkpoint.survey()
     damages = [good[:length] for length in range(0, len(good), 7)]
     generator = random.Random(0)
     for place, byte in enumerate(good):
@@ -365,43 +375,37 @@ def test_damage_anywhere(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = checkpoint.survey()
+            found = taken_over(tmp_path, 1)
         if not found:
             assert "What it covers is done again" in str(caught[0].message)
             refused += 1
             continue
-        assert found == whole
-        analyzer = Numbers()
-        assert len(checkpoint.load(found, [analyzer]).done) == 2
-        assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 2)
+        assert found == [0, 1]
     assert refused >= len(damages) - 2
 
 
 def test_files_of_other_numbers_of_ranks_are_taken_over(tmp_path: Path) -> None:
     a_file(tmp_path, 0, 3, 0, 3)
     a_file(tmp_path, 1, 3, 1, 4, 7)
-    checkpoint = a_file(tmp_path, 0, 2, 2)
-    analyzer = Numbers()
-    found = checkpoint.survey()
-    record = checkpoint.load(found, [analyzer])
-    assert sorted(record.done) == [0, 1, 2, 3, 4, 7]
-    assert analyzer.samples == 6
-    assert torch.equal(analyzer["numbers"], torch.arange(3.0) * 6)
-    other = Checkpoint(tmp_path, Ranks(1, 3), {"model": "m", "analyzers": ["Numbers"]}, 0)
-    assert len(other.load(found, [Numbers()]).done) == 3
+    a_file(tmp_path, 0, 2, 2)
+    own = tmp_path / NAME.format(rank=0, world_size=2)
+    old = {path: path.read_bytes() for path in written(tmp_path) if path != own}
+    everything = [0, 1, 2, 3, 4, 7]
+    assert taken_over(tmp_path, 2) == everything
+    assert written(tmp_path) == [own]
     # Killed before the files that were merged could be removed: they are not merged once more.
-    old = {path: path.read_bytes() for path in written(tmp_path)}
-    checkpoint.load(found, [Numbers()])
-    assert checkpoint.is_due(record, finished=True)
-    checkpoint.write(record, [analyzer])
-    assert [path.name for path in written(tmp_path)] == [checkpoint.name]
     for path, content in old.items():
-        if path.name != checkpoint.name:
-            path.write_bytes(content)
-    assert list(checkpoint.survey()) == [checkpoint.name]
+        path.write_bytes(content)
+    assert taken_over(tmp_path, 2) == everything
     # A rank that has not noticed yet that its run is over writes once more.
-    a_file(tmp_path, 0, 3, 0, 3, 6)
-    assert list(checkpoint.survey()) == [checkpoint.name]
+    a_file(tmp_path, 1, 2, 0, 3, 6)
+    assert taken_over(tmp_path, 2) == everything
+    assert written(tmp_path) == [own]
+    # What several ranks have written, with as many again.
+    a_file(tmp_path, 1, 2, 5, 6)
+    assert taken_over(tmp_path, 2) == list(range(8))
+    assert taken_over(tmp_path, 1) == list(range(8))
+    assert written(tmp_path) == [tmp_path / NAME.format(rank=0, world_size=1)]
 
 
 def test_full_disk(
@@ -441,16 +445,6 @@ def test_two_runs_at_once_are_refused(shapes: Any, data: list[ml.Sample], tmp_pa
 
     same(mine(shapes, meanwhile(), tmp_path), mine(shapes, data[:8]))
     same(mine(shapes, data[:8], tmp_path), mine(shapes, data[:8]))
-
-
-def test_a_file_that_grows_after_it_was_counted_is_refused(tmp_path: Path) -> None:
-    """A rank of a run that lost its rank 0 may still be writing when the next run has begun."""
-    checkpoint = a_file(tmp_path, 0, 1, 0)
-    a_file(tmp_path, 1, 2, 1, 2, 3)
-    found = checkpoint.survey()
-    a_file(tmp_path, 1, 2, 1, 2, 3, 4)
-    with pytest.raises(ValueError, match=r"rank-1-of-2.* was written by another process"):
-        checkpoint.load(found, [Numbers()])
 
 
 def test_analyzers_must_be_new(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:

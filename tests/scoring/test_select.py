@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miner_lens import installed
 from miner_lens.scoring import select
 from miner_lens.scoring.scores import ImportanceScores
 from tests.reference import load
@@ -133,7 +134,7 @@ def test_strategies_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         EntryPoint("two_best", f"{__name__}:two_best", select.ENTRY_POINTS),
         EntryPoint("wrong", f"{__name__}:no_masks", select.ENTRY_POINTS),
     ]
-    monkeypatch.setattr(select, "entry_points", lambda group: entries)
+    monkeypatch.setattr(installed, "entry_points", lambda group: entries)
     scores = ImportanceScores(torch.rand(5, 2, 3, 50), ["text", "image"])
     chosen = scores.select(0.1, "two_best")
     assert list(chosen["image"]) == [(0, 0), (0, 1)]

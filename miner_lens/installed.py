@@ -1,0 +1,51 @@
+"""What installed packages add, which they name as entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def find(what: str, name: str, own: Mapping[str, T], group: str, otherwise: str = "") -> T:
+    """Something by its name: one of our own, or one that an installed package names in a group.
+
+    Args:
+        what: What it is, for the error.
+        name: What is asked for.
+        own: Those that are there without a package.
+        group: Of entry points.
+        otherwise: What else the error may advise than a package.
+
+    Raises:
+        ValueError: There is none of that name.
+
+    Example:
+        >>> find("builtin", "length", {"length": len}, "some.group") is len
+        True
+    """
+    if name in own:
+        return own[name]
+    installed = {entry.name: entry for entry in entry_points(group=group)}
+    if name not in installed:
+        known = ", ".join(dict.fromkeys([*own, *installed]))
+        raise ValueError(
+            f"There is no {what} {name!r}; there are {known}. To add one, name a function in the "
+            f"entry-point group {group!r}{otherwise}."
+        )
+    loaded: T = installed[name].load()
+    return loaded
+
+
+@cache
+def described(group: str, architecture: str) -> Any:
+    """What a package names in a group under a model's class name, loaded; None where none does.
+
+    Looked up once, as going through all installed packages takes long.
+    """
+    for entry in entry_points(group=group, name=architecture):
+        return entry.load()
+    return None
