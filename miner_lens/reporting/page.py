@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files as resources
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miner_lens.analyzers.importance import versions
+from miner_lens.reporting import circuitsvis
+from miner_lens.reporting.drawing import svg
 from miner_lens.reporting.sections import Section, section
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def report(
     """Write results to one HTML file that opens from disk, without a network.
 
     It says what was run, in plain words what came out, what the data cannot say, and shows each
-    result: its table, which sorts, its figure, and neurons over tokens, patches and sounds.
+    result: its table, which sorts, its figure, and neurons over tokens, patches and sounds. Tokens
+    are drawn by circuitsvis where it is installed (`pip install miner-lens[demo]`), whose script is
+    then part of the page, 1.3 MB.
 
     Args:
         results: Results by name, or a list of them: what `mine`, `select`, `run`, `trials`, `card`
@@ -94,7 +96,14 @@ def _page(title: str, sections: Sequence[Section]) -> str:
     ]
     for number, one in enumerate(sections):
         parts += _section(number, one)
+    if drawing := _drawing(sections):
+        parts.append(f"<script>{drawing}</script>")
     return "\n".join([*parts, f"</main><script>{script}</script></body></html>\n"])
+
+
+def _drawing(sections: Sequence[Section]) -> str:
+    """The script that draws tokens, where there are any."""
+    return circuitsvis.bundle() if any(one.html for one in sections) else ""
 
 
 def _list(sentences: Sequence[str], kind: str = "said") -> str:
@@ -108,7 +117,10 @@ def _what_was_run(sections: Sequence[Section]) -> str:
     import pandas as pd
 
     table = pd.DataFrame([{"result": one.name, "kind": one.kind, **one.run} for one in sections])
-    here = ", ".join(f"{name} {version}" for name, version in versions().items())
+    known = versions()
+    if _drawing(sections):
+        known["circuitsvis"] = f"{circuitsvis.version()} (MIT licence), which draws tokens"
+    here = ", ".join(f"{name} {version}" for name, version in known.items())
     note = f"<p>This page was written with {escape(here)}.</p>"
     return _table("run", "Results", table.astype(object).where(table.notna(), "")) + note
 
@@ -167,29 +179,8 @@ def _cell(value: Any) -> str:
 
 def _figure(name: str, caption: str, figure: Figure) -> str:
     words = escape(caption)
-    drawn = _svg(name, words, figure)
+    drawn = svg(name, words, figure)
     return (
         f'<figure class="figure" tabindex="0" role="region" aria-label="{words}">'
-        f"{drawn}<figcaption>{words}</figcaption></figure>"
+        f"{drawn}<figcaption>{words}<output></output></figcaption></figure>"
     )
-
-
-def _svg(name: str, label: str, figure: Figure) -> str:
-    """The figure as SVG whose ids are its own, so that several stand on one page."""
-    import matplotlib
-
-    file = io.StringIO()
-    # The same figure gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    width = float(figure.get_size_inches()[0]) * 96
-    named = f'<svg role="img" aria-label="{label}" style="max-width: {width:.0f}px; '
-    # On a narrow page it scrolls before it is too small to read.
-    named += f'min-width: {0.7 * width:.0f}px" '
-    return text.replace("<svg ", named, 1)
