@@ -301,6 +301,9 @@ def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert f"miner-lens demo on {organism}" in page
     for name in ("scores", "neurons", f"asked about the {medium}", "asked about the text", "costs"):
         assert f">{name}<" in page
+    assert page.count("The neuron's card") == 2
+    assert f'data-kind="{medium}"' in page
+    assert "<li>Random neurons are drawn by seeds 0, 1." in page
     loaded = ml.NeuronSet.load(out / f"neurons-{medium}.safetensors")
     scores = ml.ImportanceScores.load(out / "scores.safetensors")
     assert loaded == scores.select(0.02)[medium]

@@ -135,7 +135,7 @@ def ablation_plan(
     total = weighted(scores, list(_scored(scores, chosen)), weights).sum(0)
     rows.append(_row(ALL, BOTTOM, _bottom(total, everything)))
     rows.append(_row(ALL, COMPLEMENT, everything, complement=True))
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), tuple(seeds))
 
 
 def read_ablation(table: Trials, plan: Plan) -> AblationTable:
@@ -157,7 +157,7 @@ def read_ablation(table: Trials, plan: Plan) -> AblationTable:
     # Of each label and measure, all comparisons in their order.
     compared.insert(1, "off", offs * (len(compared) // len(offs)))
     records = compared.drop(columns="condition").to_dict("records")
-    return AblationTable(frame, {"comparisons": records})
+    return AblationTable(frame, plan.about(table) | {"comparisons": records})
 
 
 def ablation_table(

@@ -106,6 +106,9 @@ class Protocol:
     def on(self, organism: str) -> Protocol:
         """The same with the data sets of an organism that ships, which knows no other.
 
+        Their answers are a word, right by exact match: what goes on for longer is wrong, however
+        long it is let go on, so it is not.
+
         Raises:
             ValueError: There are none for it.
         """
@@ -114,7 +117,8 @@ class Protocol:
                 f"No data sets stand in for {self.name}'s on {organism!r}; there are some for "
                 f"{', '.join(STAND_INS)}."
             )
-        return replace(self, data=STAND_INS[organism])
+        longest = min(self.max_new_tokens, STAND_IN_TOKENS)
+        return replace(self, data=STAND_INS[organism], max_new_tokens=longest)
 
     def sources(self, model: Any) -> list[Source]:
         """The data sets whose medium a model has.
@@ -170,6 +174,10 @@ STAND_INS = {
     "speech": _both("spoken-scenes", "audio"),
     "smol-audio": _both("spoken-scenes", "audio"),
 }
+
+
+# More than any of their answers has, and its end.
+STAND_IN_TOKENS = 8
 
 
 def reproduce(

@@ -106,7 +106,7 @@ def ratio_plan(
             f"Of {total} neurons, no ratio of {', '.join(map(str, ratios))} leaves one for each "
             "modality. Give larger ratios."
         )
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), tuple(seeds))
 
 
 def read_ratios(table: Trials, plan: Plan) -> RatioSweep:
@@ -115,7 +115,7 @@ def read_ratios(table: Trials, plan: Plan) -> RatioSweep:
     Raises:
         ValueError: The table lacks a condition of the plan, or as `statistics.costs`.
     """
-    return RatioSweep(plan.costs(table).drop(columns="condition"))
+    return RatioSweep(plan.costs(table).drop(columns="condition"), plan.about(table))
 
 
 def ratio_sweep(

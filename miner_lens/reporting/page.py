@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from miner_lens.analyzers.importance import versions
 from miner_lens.reporting import circuitsvis
 from miner_lens.reporting.drawing import svg
-from miner_lens.reporting.sections import Section, section
+from miner_lens.reporting.sections import TEXT, Section, section
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,8 @@ def report(
 
     Args:
         results: Results by name, or a list of them: what `mine`, `select`, `run`, `trials`, `card`
-            and `ml.experiments` return, and tables of pandas and figures of matplotlib.
+            and `ml.experiments` return, tables of pandas and figures of matplotlib; text is said
+            line by line among the plain words.
         path: The file to write; its folder is made.
         title: The page's heading.
 
@@ -74,11 +75,12 @@ def report(
 def _page(title: str, sections: Sequence[Section]) -> str:
     assets = resources("miner_lens.reporting")
     style, script = ((assets / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    shown = {n: one for n, one in enumerate(sections) if one.kind != TEXT}
     links = "".join(
-        f'<li><a href="#result-{n}">{escape(one.name)}</a></li>' for n, one in enumerate(sections)
+        f'<li><a href="#result-{n}">{escape(one.name)}</a></li>' for n, one in shown.items()
     )
-    said = [f"{one.name}: {' '.join(one.sentences)}" for one in sections if one.sentences]
-    left_open = [f"{one.name}: {sentence}" for one in sections for sentence in one.limits]
+    said = {one.name: one.sentences for one in sections}
+    left_open = {one.name: one.limits for one in sections}
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -88,13 +90,13 @@ def _page(title: str, sections: Sequence[Section]) -> str:
         f"<header><h1>{escape(title)}</h1></header>",
         f'<nav aria-label="Results"><ul>{links}</ul></nav><main id="main">',
         "<h2>In plain words</h2>",
-        _list(said),
+        _by_name(said),
         "<h2>What the data cannot say</h2>",
-        _list(left_open, "limits"),
+        _by_name(left_open, "limits"),
         "<h2>What was run</h2>",
         _what_was_run(sections),
     ]
-    for number, one in enumerate(sections):
+    for number, one in shown.items():
         parts += _section(number, one)
     if drawing := _drawing(sections):
         parts.append(f"<script>{drawing}</script>")
@@ -106,9 +108,19 @@ def _drawing(sections: Sequence[Section]) -> str:
     return circuitsvis.bundle() if any(one.html for one in sections) else ""
 
 
+def _by_name(said: Mapping[str, Sequence[str]], kind: str = "said") -> str:
+    """What is said of each result."""
+    items = "".join(
+        f"<li>{escape(name)}: {escape(some[0])}</li>"
+        if len(some) == 1
+        else f"<li>{escape(name)}:{_list(some)}</li>"
+        for name, some in said.items()
+        if some
+    )
+    return f'<ul class="{kind}">{items}</ul>' if items else "<p>Nothing that was computed.</p>"
+
+
 def _list(sentences: Sequence[str], kind: str = "said") -> str:
-    if not sentences:
-        return "<p>Nothing that was computed.</p>"
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f'<ul class="{kind}">{items}</ul>'
 
@@ -116,7 +128,8 @@ def _list(sentences: Sequence[str], kind: str = "said") -> str:
 def _what_was_run(sections: Sequence[Section]) -> str:
     import pandas as pd
 
-    table = pd.DataFrame([{"result": one.name, "kind": one.kind, **one.run} for one in sections])
+    rows = [{"result": one.name, "kind": one.kind, **one.run} for one in sections if one.run]
+    table = pd.DataFrame(rows or [{"result": one.name, "kind": one.kind} for one in sections])
     known = versions()
     if _drawing(sections):
         known["circuitsvis"] = f"{circuitsvis.version()} (MIT licence), which draws tokens"

@@ -306,6 +306,50 @@ def test_a_figure_is_left_as_it_was() -> None:
     assert (low, high) == pytest.approx((float(line[2]), float(line[4])), abs=0.2)
 
 
+def test_text_is_said_among_the_plain_words_alone(tmp_path: Path) -> None:
+    table = pd.DataFrame({"n": [1, 2]})
+    text = ml.report({"note": "One & one.\nTwo.", "t": table}, tmp_path / "r.html").read_text()
+    assert "<li>note:<ul" in text
+    assert "<li>One &amp; one.</li><li>Two.</li>" in text
+    assert '"#result-0"' not in text  # no section
+    assert ">2 rows</caption>" in text
+
+
+def test_sentences_of_what_was_mined_selected_and_tried(results: dict[str, Any]) -> None:
+    (scores,) = section("s", results["scores"]).sentences
+    metrics = ", ".join(results["scores"].metrics)
+    assert scores.startswith(f"{metrics} of 6 x 384 neurons, from 4 samples: text in 4, ")
+    assert "image in 2" in scores
+    assert "video" not in scores
+    (chosen,) = section("n", results["neurons"]).sentences
+    assert chosen.startswith("Of 6 x 384 neurons, 38 of text, ")
+    same = section("t", trials([[True] * 4, [True] * 4], ("a", "a", "b", "b")))
+    assert same.sentences[1:] == [
+        f"Under label {one}, no condition costs any accuracy, on 2 samples." for one in "ab"
+    ]
+    assert same.run["data"] == "a, b"
+    many = section("t", ml.Trials(("p", "q"), (None, None), *conditions(40)))
+    heights = [figure.get_size_inches()[1] for figure in many.figures.values()]
+    assert heights == [1 + 0.2 * 39] * 2
+
+
+def conditions(count: int) -> tuple[Any, ...]:
+    """The intact model and as many others as make `count`, on two samples."""
+    names = ("intact", *(f"off {n}" for n in range(count - 1)))
+    return names, np.arange(2 * count).reshape(count, 2) % 3 > 0, -np.ones((count, 2))
+
+
+def test_an_experiment_says_what_was_run(results: dict[str, Any]) -> None:
+    plan = ml.experiments.ratio_plan(results["scores"], [0.05], seeds=[3, 5])
+    names = tuple(one.name for one in plan.conditions)
+    right = np.ones((len(names), 2), dtype=bool)
+    identity = results["scores"].identity
+    table = ml.Trials(("p", "q"), ("a", "a"), names, right, -1.0 * right, identity=identity)
+    run = section("sweep", ml.experiments.read_ratios(table, plan)).run
+    assert (run["model"], run["seeds"], run["samples"]) == ("shapes", "3, 5", "2")
+    assert run["weights"] == identity.fingerprint
+
+
 def test_bad_reports(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no results"):
         ml.report({}, tmp_path / "r.html")
