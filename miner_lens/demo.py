@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console
@@ -17,8 +17,8 @@ from rich.console import Console
 from miner_lens.analyzers.importance import mine
 from miner_lens.data import datasets
 from miner_lens.experiments import statistics
-from miner_lens.experiments.card import NeuronCard, card
-from miner_lens.experiments.plan import Ablation, Plan, Sets, weighted
+from miner_lens.experiments.first_cards import first_cards
+from miner_lens.experiments.plan import Ablation, Plan, Sets
 from miner_lens.experiments.statistics import Comparison
 from miner_lens.experiments.table import Trials
 from miner_lens.experiments.trials import trials
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)
 SHOWN_RATIO = 0.02
 SEEDS = (0, 1, 2)
-# Of a card's neuron, what it does is seen on so many questions in each input modality.
-CARD_SAMPLES = 8
 LEFT_OUT = (
     "Random neurons are drawn by seeds {seeds}. Left out to save time: at ratios other than "
     "{shown:.1%}, all but the first of them, and the controls of single modalities."
@@ -117,7 +115,7 @@ def run_demo(
         tried[ask] = trials(model, {ask: some}, conditions, metric="begins")
         msns = [one for one in conditions if one.name.endswith(named("MSNs", SHOWN_RATIO))]
         ended.append(trials(model, {ask: some}, [conditions[0], *msns]))
-    cards = dict(_cards(model, data, scores))
+    cards = first_cards(model, data, scores, data, batch_size=16, progress=False)
     results = Results.of(tried, ended, plans)
     results.save(out)
     plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
@@ -133,7 +131,7 @@ def run_demo(
         "specificity": results.specificity,
         "scores": scores,
         "neurons": chosen,
-        **cards,
+        **{f"first {ask} neuron": one for ask, one in cards.items()},
         **{f"asked about the {ask}": table for ask, table in tried.items()},
     }
     page = report(shown, out / "report.html", f"miner-lens demo on {organism}")
@@ -171,18 +169,6 @@ def _rows(scores: ImportanceScores, ask: str) -> Iterator[Ablation]:
 
 def _matched(like: NeuronSet) -> list[NeuronSet]:
     return [NeuronSet.random_like(like, seed=seed) for seed in SEEDS]
-
-
-def _cards(
-    model: Any, data: Mapping[str, Any], scores: ImportanceScores
-) -> Iterator[tuple[str, NeuronCard]]:
-    """Of each input modality, the neuron that ranks first."""
-    some = {ask: samples[:CARD_SAMPLES] for ask, samples in data.items()}
-    for ask in data:
-        ranked = weighted(scores, [ask])[0]
-        layer, neuron = divmod(int(ranked.argmax()), scores.neurons)
-        found = card(model, some, layer, neuron, [scores], k=3, batch_size=16, progress=False)
-        yield f"the first neuron of the {ask}", found
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,24 @@ class AblationTable(Finding):
             ]
             reach = [here["cost"] - here["low"], here["high"] - here["cost"]]
             panel.barh(names, here["cost"], color=colours, xerr=reach, ecolor="black")
+            _clip(panel, here)
             panel.set(title=f"asked: {label}", xlabel="log-probability lost (nats)")
             panel.grid(alpha=0.3, axis="x")
+            panel.locator_params(axis="x", nbins=5)
         return found
+
+
+def _clip(panel: Any, rows: pd.DataFrame) -> None:
+    """Let the axis be that of the sets, where the complement costs many times as much."""
+    others = rows[rows["kind"] != COMPLEMENT]
+    low, high = min(0.0, float(others["low"].min())), float(others["high"].max())
+    margin = 0.05 * (high - low)
+    if margin <= 0:
+        return
+    for place, row in enumerate(rows.to_dict("records")):
+        if row["kind"] == COMPLEMENT and row["high"] > high:
+            panel.text(high, place, f"{said(row)} \N{RIGHTWARDS ARROW}", ha="right", va="center")
+            panel.set_xlim(low - margin, high + margin)
 
 
 def ablation_plan(

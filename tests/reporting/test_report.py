@@ -242,6 +242,26 @@ def test_limits_of_trials() -> None:
     assert by_label[-1] == "One sample under label b says nothing of any other."
 
 
+def test_limits_of_costs() -> None:
+    rows = [
+        ("a", "correct", 4, 0.0, 0.0, 0.0),
+        ("a", "logprob", 4, 1.0, 0.0, 2.0),
+        ("a", "logprob", 4, 1.0, 0.9, 1.1),
+        ("a", "logprob", 4, 1.0, 0.5, 1.0),
+        ("b", "correct", 20, 0.5, 0.25, 0.75),
+    ]
+    table = pd.DataFrame(rows, columns=["label", "measure", "samples", "cost", "low", "high"])
+    zero, few, same, nats, right = limits(ml.experiments.RatioSweep(table))
+    assert zero.startswith("The 95 % intervals of 2 of 5 rows")
+    assert few.startswith("4 samples of a are few")
+    assert "of a: of 4 samples, up to 53 % might" in same  # 0.47 ** 4 = 0.05
+    errors = [0.5 / 3.92, 2.0 / 3.92]  # an interval is 2 x 1.96 of them wide
+    middle, most = (f"below {'about ' * (n == 0)}{2.802 * e:.2g}" for n, e in enumerate(errors))
+    assert middle in nats
+    assert most in nats
+    assert "20 samples of b, costs below about 0.36 of the accuracy" in right
+
+
 def test_limits_of_scores_and_findings(results: dict[str, Any]) -> None:
     scores = ml.ImportanceScores(
         torch.rand(5, 2, 2, 6), ["text", "video"], samples=3, occurrences=(3, 0), skipped=2
