@@ -63,6 +63,14 @@ class MMNeuron:
             tables.append(table[table["measure"] == "entropy"].assign(domain=domain))
         return pd.concat(tables, ignore_index=True)
 
+    def results(self) -> dict[str, Any]:
+        """What each step gave, by name, for `ml.report`."""
+        found: dict[str, Any] = {"what it says": self.summary}
+        for site, chosen in self.selections.items():
+            found |= {f"neurons of the {site}": chosen, f"layers of the {site}": self.layers[site]}
+        found |= {"domains without neurons": self.matrix, "costs": self.matrix.to_frame()}
+        return found | {f"lens on {domain}": lens for domain, lens in self.lenses.items()}
+
     @property
     def summary(self) -> str:
         """What each step says, in a sentence each."""

@@ -130,6 +130,10 @@ def _what_was_run(sections: Sequence[Section]) -> str:
 
     rows = [{"result": one.name, "kind": one.kind, **one.run} for one in sections if one.run]
     table = pd.DataFrame(rows or [{"result": one.name, "kind": one.kind} for one in sections])
+    first = ["result", "kind", "model", "data", "samples", "seed", "seeds"]
+    table = table[
+        [*(one for one in first if one in table), *table.columns.difference(first, False)]
+    ]
     known = versions()
     if _drawing(sections):
         known["circuitsvis"] = f"{circuitsvis.version()} (MIT licence), which draws tokens"
