@@ -6,9 +6,10 @@ Mine, select, switch off, and hold the costs against those of random neurons and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console
@@ -16,19 +17,25 @@ from rich.console import Console
 from miner_lens.analyzers.importance import mine
 from miner_lens.data import datasets
 from miner_lens.experiments import statistics
+from miner_lens.experiments.first_cards import first_cards
+from miner_lens.experiments.plan import Ablation, Plan, Sets
 from miner_lens.experiments.statistics import Comparison
-from miner_lens.experiments.trials import Condition, trials
+from miner_lens.experiments.table import Trials
+from miner_lens.experiments.trials import trials
 from miner_lens.models.loading import load
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.reporting import findings, plots, report
 from miner_lens.scoring.scores import ImportanceScores
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RATIOS = (0.001, 0.005, 0.01, 0.02, 0.05)
 SHOWN_RATIO = 0.02
 SEEDS = (0, 1, 2)
 LEFT_OUT = (
-    "Left out to save time: at ratios other than {shown:.1%}, all but one seed of the controls, "
-    "and the controls of single modalities."
+    "Random neurons are drawn by seeds {seeds}. Left out to save time: at ratios other than "
+    "{shown:.1%}, all but the first of them, and the controls of single modalities."
 )
 
 
@@ -51,33 +58,6 @@ ORGANISMS = {
     "shapes": Organism("easy-vqa", ("image", "text")),
     "speech": Organism("spoken-scenes", ("audio", "text")),
 }
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A set of neurons to switch off, or a control: several random ones, a condition for each.
-
-    Attributes:
-        off: What tables call it.
-        ratio: The ratio at which it was selected.
-        sets: The set, or one for each seed.
-    """
-
-    off: str
-    ratio: float
-    sets: tuple[NeuronSet, ...]
-
-    @property
-    def name(self) -> str:
-        """What the conditions' names begin with."""
-        return named(self.off, self.ratio)
-
-    @property
-    def conditions(self) -> list[Condition]:
-        """A condition for each set."""
-        if len(self.sets) == 1:
-            return [Condition(self.name, self.sets[0])]
-        return [Condition(f"{self.name}, seed {n}", one) for n, one in enumerate(self.sets)]
 
 
 def named(off: str, ratio: float) -> str:
@@ -126,19 +106,17 @@ def run_demo(
     for modality, neurons in chosen.items():
         neurons.save(out / f"neurons-{modality}.safetensors")
 
-    plans = {ask: list(plan(scores, ask)) for ask in data}
-    console.print(LEFT_OUT.format(shown=SHOWN_RATIO))
+    plans = {ask: plan(scores, ask) for ask in data}
+    left_out = LEFT_OUT.format(shown=SHOWN_RATIO, seeds=", ".join(map(str, SEEDS)))
+    console.print(left_out)
     tried, ended = {}, []
     for ask, some in data.items():
-        conditions = [one for ablation in plans[ask] for one in ablation.conditions]
-        labelled = [replace(sample, label=ask) for sample in some]
-        intact = Condition("intact")
-        tried[ask] = trials(model, labelled, [intact, *conditions], metric="begins")
+        conditions = plans[ask].conditions
+        tried[ask] = trials(model, {ask: some}, conditions, metric="begins")
         msns = [one for one in conditions if one.name.endswith(named("MSNs", SHOWN_RATIO))]
-        ended.append(trials(model, labelled, [intact, *msns]).to_frame())
-    begun_right = [table.to_frame() for table in tried.values()]
-    tables = [pd.concat(each, ignore_index=True) for each in (begun_right, ended)]
-    results = Results.of(tables[0], tables[1], plans)
+        ended.append(trials(model, {ask: some}, [conditions[0], *msns]))
+    cards = first_cards(model, data, scores, data, batch_size=16, progress=False)
+    results = Results.of(tried, ended, plans)
     results.save(out)
     plots.neurons_by_layer(chosen).savefig(out / "neurons.png")
     for ask in data:
@@ -146,12 +124,15 @@ def run_demo(
     for sentence in results.findings():
         console.print(sentence)
     shown = {
-        "scores": scores,
-        "neurons": chosen,
-        **{f"asked about the {ask}": table for ask, table in tried.items()},
+        "what it says": "\n".join([*results.findings(), left_out]),
+        **{f"{name} by ratio": figure for name, figure in results.figures()},
         "costs": results.summary,
         "beside controls": results.controls,
         "specificity": results.specificity,
+        "scores": scores,
+        "neurons": chosen,
+        **{f"first {ask} neuron": one for ask, one in cards.items()},
+        **{f"asked about the {ask}": table for ask, table in tried.items()},
     }
     page = report(shown, out / "report.html", f"miner-lens demo on {organism}")
     took = time.perf_counter() - begun
@@ -160,30 +141,33 @@ def run_demo(
     return results.summary
 
 
-def plan(scores: ImportanceScores, ask: str) -> Iterator[Ablation]:
+def plan(scores: ImportanceScores, ask: str) -> Plan:
     """What is switched off for the questions in one input modality."""
+    return Plan(tuple(_rows(scores, ask)))
+
+
+def _rows(scores: ImportanceScores, ask: str) -> Iterator[Ablation]:
     for ratio in RATIOS:
         if int(ratio * scores.total) < len(scores.select(SHOWN_RATIO)):
             continue  # less than one neuron of each modality, in a small model
         shown = ratio == SHOWN_RATIO
-        seeds = SEEDS if shown else SEEDS[:1]
         chosen = scores.select(ratio)
         everything = NeuronSet.union(chosen)
-        for modality, neurons in chosen.items():
-            yield Ablation(f"{modality} MSNs", ratio, (neurons,))
-        yield Ablation("all MSNs", ratio, (everything,))
-        yield Ablation("random, as all", ratio, _random(everything, seeds))
-        yield Ablation("layer-matched, as all", ratio, _matched(everything, seeds))
+        sets: dict[str, Sets] = {f"{modality} MSNs": one for modality, one in chosen.items()}
+        sets["all MSNs"] = everything
+        sets["random, as all"] = [
+            NeuronSet.random(len(everything), like=everything, seed=seed) for seed in SEEDS
+        ]
+        sets["layer-matched, as all"] = _matched(everything)
         if shown:
-            yield Ablation(f"layer-matched, as {ask}", ratio, _matched(chosen[ask], seeds))
+            sets[f"layer-matched, as {ask}"] = _matched(chosen[ask])
+        for off, one in sets.items():
+            some = one if shown or isinstance(one, NeuronSet) else one[0]
+            yield Ablation.of(named(off, ratio), some, {"off": off, "ratio": ratio})
 
 
-def _random(like: NeuronSet, seeds: tuple[int, ...]) -> tuple[NeuronSet, ...]:
-    return tuple(NeuronSet.random(len(like), like=like, seed=seed) for seed in seeds)
-
-
-def _matched(like: NeuronSet, seeds: tuple[int, ...]) -> tuple[NeuronSet, ...]:
-    return tuple(NeuronSet.random_like(like, seed=seed) for seed in seeds)
+def _matched(like: NeuronSet) -> list[NeuronSet]:
+    return [NeuronSet.random_like(like, seed=seed) for seed in SEEDS]
 
 
 @dataclass(frozen=True)
@@ -206,16 +190,17 @@ class Results:
 
     @classmethod
     def of(
-        cls, tried: pd.DataFrame, ended: pd.DataFrame, plans: Mapping[str, list[Ablation]]
+        cls, tried: Mapping[str, Trials], ended: Sequence[Trials], plans: Mapping[str, Plan]
     ) -> Results:
         """What the trials of these plans say."""
+        begun = pd.concat([table.to_frame() for table in tried.values()], ignore_index=True)
         own = {named(f"{ask} MSNs", SHOWN_RATIO): ask for ask in plans}
         return cls(
-            tried,
-            ended,
-            _summary(tried, plans),
-            statistics.against_controls(tried, _comparisons(plans)),
-            statistics.specificity(tried, own, lambda sample: sample.rpartition("/")[0]),
+            begun,
+            pd.concat([table.to_frame() for table in ended], ignore_index=True),
+            pd.concat([_summary(tried[ask], plans[ask]) for ask in plans], ignore_index=True),
+            statistics.against_controls(begun, _comparisons(plans)),
+            statistics.specificity(begun, own, lambda sample: sample.rpartition("/")[0]),
         )
 
     def save(self, out: Path) -> None:
@@ -224,8 +209,13 @@ class Results:
         self.ended.to_csv(out / "ended.csv.gz", index=False)
         for name in ("summary", "controls", "specificity"):
             getattr(self, name).to_csv(out / f"{name}.csv", index=False)
+        for name, figure in self.figures():
+            figure.savefig(out / f"{name}.png")
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """What ablations cost, ratio by ratio."""
         for name, lines in _lines(self.summary):
-            plots.by_ratio(lines, name).savefig(out / f"{name.split()[0]}.png")
+            yield name.split()[0], plots.by_ratio(lines, name)
 
     def findings(self) -> Iterator[str]:
         """Sentences on the shown ratio."""
@@ -236,34 +226,23 @@ class Results:
         yield from findings.endings(self.trials, self.ended)
 
 
-def _summary(tried: pd.DataFrame, plans: Mapping[str, list[Ablation]]) -> pd.DataFrame:
+def _summary(tried: Trials, plan: Plan) -> pd.DataFrame:
     """Costs of each ablation, controls averaged over their seeds."""
-    tables = []
-    for ask, ablations in plans.items():
-        groups = {one.name: [condition.name for condition in one.conditions] for one in ablations}
-        here = tried[tried["label"] == ask]
-        found = statistics.costs(statistics.averaged(here, {"intact": ["intact"], **groups}))
-        about = pd.DataFrame(
-            [(one.name, one.off, one.ratio, len(one.sets[0]), len(one.sets)) for one in ablations],
-            columns=["condition", "off", "ratio", "neurons", "seeds"],
-        )
-        tables.append(found.merge(about, on="condition", how="left"))
-    table = pd.concat(tables, ignore_index=True).rename(columns={"label": "input"})
-    table["off"] = table["off"].fillna("nothing")
-    table["neurons"] = table["neurons"].fillna(0).astype(int)
-    first = ["input", "off", "ratio", "neurons", "seeds", "measure"]
-    return table[[*first, "samples", "value", "cost", "low", "high"]]
+    table = plan.costs(tried).rename(columns={"label": "input"}).drop(columns="condition")
+    intact = table["off"] == ""
+    table["off"] = table["off"].mask(intact, "nothing")
+    return table.assign(**{name: table[name].mask(intact) for name in ("ratio", "seeds")})
 
 
-def _comparisons(plans: Mapping[str, list[Ablation]]) -> list[Comparison]:
+def _comparisons(plans: Mapping[str, Plan]) -> list[Comparison]:
     """All MSNs beside both controls at each ratio, and an input's own MSNs at the shown one."""
     found = {}
-    for one in (ablation for ablations in plans.values() for ablation in ablations):
-        kind, _, like = one.off.partition(", as ")
-        if like:
-            condition = named(f"{like} MSNs", one.ratio)
-            controls = [control.name for control in one.conditions]
-            found[one.name] = Comparison(condition, kind, controls)
+    for one in plans.values():
+        for row in one.rows:
+            kind, _, like = str(row.about["off"]).partition(", as ")
+            if like:
+                (condition,) = one.groups[named(f"{like} MSNs", row.about["ratio"])]
+                found[row.name] = Comparison(condition, kind, one.groups[row.name])
     return list(found.values())
 
 

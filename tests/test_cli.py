@@ -34,6 +34,11 @@ def test_help_lists_the_commands() -> None:
         "neuron",
         "experiment",
         "report",
+        "evaluate",
+        "attention",
+        "layers",
+        "stability",
+        "recovery",
     )
     assert all(name in shown for name in (*names, *more))
 
@@ -112,6 +117,39 @@ def test_experiment(tmp_path: Path) -> None:
     assert "not 'luck'" in call("experiment", "specificity", *data, *small, *other, code=2)
     given = ("--scores", tmp_path / "scores.safetensors")
     assert "leave --scores out" in call("experiment", "transfer", *data, *small, *given, code=2)
+
+
+def test_what_switches_nothing_off(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.safetensors"
+    call("mine", "shapes", "--out", scores, "--limit", 2)
+    shown = call("layers", scores, "--out", tmp_path, "--ratio", 0.05)
+    assert "Of the neurons of each modality" in shown
+    assert "Neurons in exactly these sets" in shown
+    chosen = ml.ImportanceScores.load(scores).select(0.05)
+    chosen["image"].save(tmp_path / "image.safetensors")
+    answered = ("--metric", "containment", "--limit", 2, "--max-new-tokens", 2)
+    off = ("--neurons", tmp_path / "image.safetensors")
+    shown = call("evaluate", "shapes", "easy-vqa", *answered, *off, "--out", tmp_path)
+    assert "containment" in shown
+    assert len(pd.read_csv(tmp_path / "evaluation.csv")) == 2
+    shown = call("attention", "shapes", "easy-vqa", "--limit", 2, "--out", tmp_path)
+    assert "attn_q correlates with the mean" in shown
+    parts = ("--limit", 4, "--parts", 2, "--repeats", 1)
+    shown = call("stability", "shapes", "easy-vqa", *parts, "--out", tmp_path)
+    assert "two halves of the samples" in shown
+    frame = ml.experiments.Stability.load(tmp_path / "stability.safetensors").frame
+    assert set(pd.read_csv(tmp_path / "stability.csv").columns) == set(frame.columns)
+    for name in ("layers", "overlap", "attention-effect", "stability", "evaluation"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    many = ("stability", "shapes", "easy-vqa", "--limit", 2, "--parts", 3, "--out", tmp_path)
+    assert "2 samples make from 2 to as many parts" in call(*many, code=2)
+
+
+def test_recovery(tmp_path: Path) -> None:
+    shown = call("recovery", "--case", "plain", "--seeds", 1, "--out", tmp_path)
+    assert "plain: prob by contrastive, 1.00" in shown
+    assert set(pd.read_csv(tmp_path / "recovery.csv")["case"]) == {"plain"}
+    assert "no case 'luck'" in call("recovery", "--case", "luck", "--out", tmp_path, code=2)
 
 
 def test_each_experiment_is_there_with_its_options() -> None:
@@ -301,6 +339,9 @@ def test_demo(organism: str, medium: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert f"miner-lens demo on {organism}" in page
     for name in ("scores", "neurons", f"asked about the {medium}", "asked about the text", "costs"):
         assert f">{name}<" in page
+    assert page.count("The neuron's card") == 2
+    assert f'data-kind="{medium}"' in page
+    assert "<li>Random neurons are drawn by seeds 0, 1." in page
     loaded = ml.NeuronSet.load(out / f"neurons-{medium}.safetensors")
     scores = ml.ImportanceScores.load(out / "scores.safetensors")
     assert loaded == scores.select(0.02)[medium]

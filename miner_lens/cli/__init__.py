@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-from miner_lens.cli import basics, experiments, inside, reproduce
+from miner_lens.cli import basics, experiments, inside, measures, reproduce
 from miner_lens.cli.common import app
 
-__all__ = ["app", "basics", "experiments", "inside", "reproduce"]
+__all__ = ["app", "basics", "experiments", "inside", "measures", "reproduce"]

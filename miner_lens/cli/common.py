@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from miner_lens import launchers
+
 app = typer.Typer(
     help="Find modality-specific neurons in multimodal language models and switch them off.",
     no_args_is_help=True,
@@ -35,6 +37,16 @@ def asked_sets(names: Sequence[str], limit: int | None, root: Path | None = None
     asked = [one.partition(":")[2] or one for one in names]
     labels = asked if len(set(asked)) == len(asked) else names
     return {label: data_set(one, limit, root) for label, one in zip(labels, names, strict=True)}
+
+
+def keep(result: Any, out: Path, name: str) -> None:
+    """Write an experiment's result, its table and its figure, and say what it says."""
+    if launchers.rank() > 0:  # all ranks have it
+        return
+    result.save(out / f"{name}.safetensors")
+    result.frame.to_csv(out / f"{name}.csv", index=False)
+    result.figure().savefig(out / f"{name}.png")
+    typer.echo(result.summary)
 
 
 def load(model: str) -> Any:

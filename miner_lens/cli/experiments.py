@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from miner_lens import launchers
-from miner_lens.cli.common import Model, app, asked_sets, clear_errors, data_set, load
+from miner_lens.cli.common import Model, app, asked_sets, clear_errors, data_set, keep, load
 
 PANEL = "What it shows"
 
@@ -74,12 +73,7 @@ def experiment(
         made = getattr(ml.experiments, name.replace("-", "_"))
         how |= {"batch_size": batch_size, "metric": metric, "checkpoint": checkpoint}
         result = made(bridge, tried, found, **how)
-        if launchers.rank() > 0:  # all ranks have it
-            return
-        result.save(out / f"{name}.safetensors")
-        result.frame.to_csv(out / f"{name}.csv", index=False)
-        result.figure().savefig(out / f"{name}.png")
-    typer.echo(result.summary)
+        keep(result, out, name)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -94,3 +94,5 @@ def mmneuron(
             figure.savefig(out / f"entropy-{modality}.png")
         typer.echo(found.matrix.matrix().round(3).to_string())
         typer.echo(found.summary)
+        page = ml.report(found.results(), out / "report.html", f"MMNeuron on {model}")
+    typer.echo(f"The report is {page}.")

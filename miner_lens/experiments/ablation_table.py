@@ -101,9 +101,24 @@ class AblationTable(Finding):
             ]
             reach = [here["cost"] - here["low"], here["high"] - here["cost"]]
             panel.barh(names, here["cost"], color=colours, xerr=reach, ecolor="black")
+            _clip(panel, here)
             panel.set(title=f"asked: {label}", xlabel="log-probability lost (nats)")
             panel.grid(alpha=0.3, axis="x")
+            panel.locator_params(axis="x", nbins=5)
         return found
+
+
+def _clip(panel: Any, rows: pd.DataFrame) -> None:
+    """Let the axis be that of the sets, where the complement costs many times as much."""
+    others = rows[rows["kind"] != COMPLEMENT]
+    low, high = min(0.0, float(others["low"].min())), float(others["high"].max())
+    margin = 0.05 * (high - low)
+    if margin <= 0:
+        return
+    for place, row in enumerate(rows.to_dict("records")):
+        if row["kind"] == COMPLEMENT and row["high"] > high:
+            panel.text(high, place, f"{said(row)} \N{RIGHTWARDS ARROW}", ha="right", va="center")
+            panel.set_xlim(low - margin, high + margin)
 
 
 def ablation_plan(
@@ -135,7 +150,7 @@ def ablation_plan(
     total = weighted(scores, list(_scored(scores, chosen)), weights).sum(0)
     rows.append(_row(ALL, BOTTOM, _bottom(total, everything)))
     rows.append(_row(ALL, COMPLEMENT, everything, complement=True))
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), tuple(seeds))
 
 
 def read_ablation(table: Trials, plan: Plan) -> AblationTable:
@@ -157,7 +172,7 @@ def read_ablation(table: Trials, plan: Plan) -> AblationTable:
     # Of each label and measure, all comparisons in their order.
     compared.insert(1, "off", offs * (len(compared) // len(offs)))
     records = compared.drop(columns="condition").to_dict("records")
-    return AblationTable(frame, {"comparisons": records})
+    return AblationTable(frame, plan.about(table) | {"comparisons": records})
 
 
 def ablation_table(

@@ -246,8 +246,8 @@ def _sentences(card: NeuronCard) -> Iterator[str]:
     if len(means):
         best = means.sort_values("value").iloc[-1]
         yield (
-            f"On average it is most active at {best['name']} tokens (mean X {best['value']:.3f}, "
-            f"rank {best['rank']} of {info['neurons']})."
+            f"On average X is highest at {best['name']} tokens ({best['value']:.3f}, rank "
+            f"{best['rank']} of {info['neurons']})."
         )
     moments = card.moments
     if moments:

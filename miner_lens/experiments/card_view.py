@@ -12,12 +12,13 @@ from miner_lens.experiments.moments import Medium, Moment
 if TYPE_CHECKING:
     import pandas as pd
 
-# Marks are laid over the page's own colours, so that they suit light and dark pages.
+# Marks are laid over the page's own colours, so that they suit light and dark pages. A report whose
+# page has circuitsvis on it has that draw the tokens of a `data-most` again.
 STYLE = """<style>
 .miner-card { line-height: 1.5; overflow-wrap: anywhere; }
 .miner-card .prompt { line-height: 2; white-space: pre-wrap; }
 .miner-card .prompt span { border-bottom: 3px solid; padding: 0 1px; border-radius: 2px; }
-.miner-card .peak { outline: 2px solid; font-weight: bold; }
+.miner-card .peak { outline: 2px solid; outline-offset: 1px; font-weight: bold; }
 .miner-card .media { display: flex; flex-wrap: wrap; gap: 1em; }
 .miner-card svg { max-width: 100%; height: auto; }
 .miner-card .columns { display: flex; flex-wrap: wrap; gap: 0 2em; align-items: flex-start; }
@@ -26,8 +27,9 @@ STYLE = """<style>
 .miner-card th, .miner-card td { padding: .1em .6em; text-align: right; white-space: nowrap; }
 .miner-card .scroll { overflow-x: auto; max-width: 100%; }
 </style>"""
-# What is laid over a token or patch; its opacity says how active the neuron is.
+# What is laid over a patch or stretch of sound; its opacity says how active the neuron is.
 MARK = "230, 120, 0"
+OTHER = "#999999"
 SIDE = 160
 
 
@@ -109,39 +111,43 @@ def moment_html(moment: Moment, largest: float) -> str:
     media = [_medium(one, shares, moment.activations) for one in moment.media]
     shown = f'<div class="media">{"".join(media)}</div>' if media else ""
     words = "".join(_words(moment, shares))
-    return f'<p><b>{escape(head)}</b></p>\n{shown}<p class="prompt">{words}</p>'
+    prompt = f'<p class="prompt" data-most="{max(0.0, largest):.4g}">{words}</p>'
+    return f"<p><b>{escape(head)}</b></p>\n{shown}{prompt}"
 
 
 def _legend(moments: Sequence[Moment]) -> str:
     kinds = dict.fromkeys(kind for one in moments for kind in one.modalities)
-    names = " ".join(
-        f'<span style="border-color: {COLOURS.get(kind, "#999999")}">{kind}</span>'
-        for kind in kinds
+    names = " ".join(f'<span style="{_coloured(kind, 0.6)}">{kind}</span>' for kind in kinds)
+    return (
+        f'<p class="prompt">By modality: {names}; the fuller a token\'s colour, the more active is '
+        'the neuron, most of all at the one that is <span class="peak">outlined</span>.</p>'
     )
-    strong = f'<span style="background: rgba({MARK}, 0.6)">active</span>'
-    return f'<p class="prompt">Underlined by modality: {names}; the neuron is {strong}.</p>'
 
 
 def _words(moment: Moment, shares: Sequence[float]) -> Iterator[str]:
-    """Tokens, underlined by modality; placeholders of one medium are told in a word."""
+    """Tokens, coloured by modality; placeholders of one medium are told in a word."""
     told = {position: one for one in moment.media for position in one.positions}
     for position, token in enumerate(moment.tokens):
-        kind, value = moment.modalities[position], moment.activations[position]
+        kind, at, upto = moment.modalities[position], position, ""
         medium = told.get(position)
         if medium is not None:
             if position != medium.positions[0]:
                 continue
-            most = max(medium.positions, key=lambda one: moment.activations[one])
-            token, share = f"[{kind}: {len(medium.positions)} tokens]", shares[most]
-            title = f"{kind}, up to X = {moment.activations[most]:.3f}"
-            peak = moment.peak in medium.positions
-        else:
-            share, title = shares[position], f"{kind}, X = {value:.3f}"
-            peak = position == moment.peak
-        colour = COLOURS.get(kind, "#999999")
-        style = f"border-color: {colour}; background: rgba({MARK}, {0.6 * share:.2f})"
-        mark = ' class="peak"' if peak else ""
-        yield f'<span{mark} style="{style}" title="{title}">{escape(_visible(token))}</span>'
+            at = max(medium.positions, key=lambda one: moment.activations[one])
+            token, upto = f"[{kind}: {len(medium.positions)} tokens]", "up to "
+        value = moment.activations[at]
+        mark = ' class="peak"' if at == moment.peak else ""
+        yield (
+            f'<span{mark} data-kind="{kind}" data-x="{value:z.4g}" '
+            f'style="{_coloured(kind, 0.6 * shares[at])}" title="{kind}, {upto}X = {value:z.3f}">'
+            f"{escape(_visible(token))}</span>"
+        )
+
+
+def _coloured(kind: str, opacity: float) -> str:
+    """A modality's colour under a token, and behind it as full as is said."""
+    colour = COLOURS.get(kind, OTHER)
+    return f"border-color: {colour}; background: {colour}{round(255 * opacity):02x}"
 
 
 def _visible(token: str) -> str:

@@ -21,8 +21,13 @@ COLOURS = {
 }
 
 
-def panels(count: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
+def panels(count: int, columns: int | None = None, height: float = 3.6) -> tuple[Figure, list[Any]]:
     """A figure of so many panels, in one row or in rows of `columns`, which share the y axis.
+
+    Args:
+        count: So many.
+        columns: So many in a row; default all.
+        height: Of a row, in inches.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -31,7 +36,7 @@ def panels(count: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
 
     columns = columns or count
     rows = -(-count // columns)
-    figure = ShownFigure(1.5 + 4 * columns, 3.6 * rows)
+    figure = ShownFigure(1.5 + 4 * columns, height * rows)
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for unused in axes[count:]:
         unused.set_axis_off()

@@ -62,12 +62,7 @@ def _of_trials(table: pd.DataFrame, intact: str) -> Iterator[str]:
             if count < FEW and measure == "correct":
                 yield _few(count, under)
             if measure == "correct" and not lost.to_numpy().any():
-                # The exact bound: so large a share would show no change in 5 % of studies.
-                most = 1 - 0.05 ** (1 / count)
-                yield (
-                    f"No answer changed under any condition{under}: of {count} samples, up to "
-                    f"{100 * most:.0f} % might (95 % confidence)."
-                )
+                yield _unchanged(count, under)
                 continue
             if not lost.to_numpy().any():
                 continue
@@ -106,6 +101,15 @@ def _few(count: int, under: str) -> str:
     return f"{count} samples{under} are few: intervals over them are narrower than they should be."
 
 
+def _unchanged(count: int, under: str) -> str:
+    # The exact bound: so large a share would show no change in 5 % of studies.
+    most = 100 * (1 - 0.05 ** (1 / count))
+    return (
+        f"No answer changed under any condition{under}: of {count} samples, up to {most:.0f} % "
+        "might (95 % confidence)."
+    )
+
+
 def _of_scores(scores: ImportanceScores) -> Iterator[str]:
     pairs = zip(scores.modalities, scores.occurrences, strict=True)
     absent = [name for name, count in pairs if count == 0]
@@ -125,3 +129,23 @@ def _of_intervals(frame: pd.DataFrame) -> Iterator[str]:
     open_ = int(((frame["low"] <= 0) & (frame["high"] >= 0)).sum())
     if open_:
         yield f"The 95 % intervals of {open_} of {len(frame)} rows include 0."
+    if {"measure", "samples", "label", "cost"} <= set(frame.columns):
+        for (label, measure), rows in frame.groupby(["label", "measure"], sort=False):
+            yield from _of_costs(str(label), str(measure), rows)
+
+
+def _of_costs(label: str, measure: str, rows: pd.DataFrame) -> Iterator[str]:
+    """What so many samples would miss, by the width of the intervals over them."""
+    count, widths = int(rows["samples"].max()), rows["high"] - rows["low"]
+    if count < FEW and measure == "correct":
+        yield _few(count, f" of {label}")
+    if widths.max() > 0 and measure in UNITS:
+        # An interval reaches 1.96 standard errors to either side.
+        middle, most = (DETECTABLE * wide / (2 * 1.960) for wide in (widths.median(), widths.max()))
+        yield (
+            f"With {count} samples of {label}, costs below about {middle:.2g} {UNITS[measure]} are "
+            f"likely to be missed in the median row, below {most:.2g} in the one that varies most "
+            "(80 % power at a level of 5 %)."
+        )
+    elif measure == "correct":
+        yield _unchanged(count, f" of {label}")

@@ -178,7 +178,7 @@ def read_comparison(
         index = read_specificity(table, _everywhere(plan, metric), question).index
         indices += [{"metric": metric, **record} for record in index.to_dict("records")]
     info = {"agreement": _agreement(scores, attribution, sets), "specificity": indices}
-    return MetricComparison(frame.assign(predicted=effects), info)
+    return MetricComparison(frame.assign(predicted=effects), plan.about(table) | info)
 
 
 def metric_comparison(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from miner_lens import files, launchers
+from miner_lens import launchers
 from miner_lens.analyzers.domains import DomainAnalyzer
 from miner_lens.analyzers.lens import LogitLens, LogitLensAnalyzer
 from miner_lens.data.sample import Sample
-from miner_lens.data.signature import signature
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.layers import LayerDistribution, layer_distribution
-from miner_lens.models.access import identity
+from miner_lens.experiments.record import keep_record
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.result import Result
 from miner_lens.models.sites import sites
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 # The data sets of the paper, each a domain.
 DATA_SETS = ("vqav2", "docvqa", "pmc_vqa", "lingoqa", "rs_vqa")
-PROTOCOL = "protocol.json"
 
 R = TypeVar("R", bound=Result)
 
@@ -65,6 +62,14 @@ class MMNeuron:
             table = lens.curves()
             tables.append(table[table["measure"] == "entropy"].assign(domain=domain))
         return pd.concat(tables, ignore_index=True)
+
+    def results(self) -> dict[str, Any]:
+        """What each step gave, by name, for `ml.report`."""
+        found: dict[str, Any] = {"what it says": self.summary}
+        for site, chosen in self.selections.items():
+            found |= {f"neurons of the {site}": chosen, f"layers of the {site}": self.layers[site]}
+        found |= {"domains without neurons": self.matrix, "costs": self.matrix.to_frame()}
+        return found | {f"lens on {domain}": lens for domain, lens in self.lenses.items()}
 
     @property
     def summary(self) -> str:
@@ -140,12 +145,7 @@ def mmneuron(
             )
     counted = {name: some[:-tried] for name, some in data.items()}
     others = {name: some[-tried:] for name, some in data.items()}
-    protocol = {
-        "model": identity(model).to_dict(),
-        "data": {name: [len(some), signature(some[0])] for name, some in data.items()},
-        "settings": {"tried": tried, "top_rate": top_rate, "seeds": seeds},
-    }
-    _require_same(folder, protocol)
+    keep_record(folder, model, data, {"tried": tried, "top_rate": top_rate, "seeds": seeds})
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     counts = _counts(model, counted, folder, how)
     selections = {
@@ -207,18 +207,3 @@ def _kept(path: Path, kind: type[R], make: Callable[[], R]) -> R:
 def _save(result: Result, path: Path) -> None:
     if launchers.rank() == 0:  # all ranks have it
         result.save(path)
-
-
-def _require_same(folder: Path, protocol: Mapping[str, Any]) -> None:
-    """Note what the folder is of, or refuse one of something else."""
-    path, wanted = folder / PROTOCOL, json.loads(json.dumps(protocol))
-    if path.is_file():
-        there = json.loads(path.read_text())
-        if differing := [name for name in wanted if there.get(name) != wanted[name]]:
-            raise ValueError(
-                f"{folder} holds the protocol of another {differing[0]}. Name another folder, or "
-                "give what it was begun with."
-            )
-    elif launchers.rank() == 0:
-        with files.whole(path) as temporary:
-            Path(temporary).write_text(json.dumps(wanted, indent=2) + "\n")

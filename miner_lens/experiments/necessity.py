@@ -142,7 +142,7 @@ def necessity_plan(
                 name = f"{curve} by {ranking} at {fraction:.4g}"
                 about = {"curve": curve, "ranking": ranking, "fraction": fraction}
                 rows.append(Ablation.of(name, sets if len(sets) > 1 else sets[0], about))
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), tuple(seeds))
 
 
 def read_necessity(table: Trials, plan: Plan) -> Necessity:
@@ -184,7 +184,7 @@ def read_necessity(table: Trials, plan: Plan) -> Necessity:
                         "difference_high": float(high[1]),
                     }
                 )
-    return Necessity(frame, {"areas": records})
+    return Necessity(frame, plan.about(table) | {"areas": records})
 
 
 def area(values: Any, fractions: Sequence[float]) -> Any:

@@ -77,9 +77,11 @@ class Plan:
 
     Attributes:
         rows: The ablations.
+        seeds: Those that the controls were drawn by.
     """
 
     rows: tuple[Ablation, ...]
+    seeds: tuple[int, ...] = ()
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
@@ -106,6 +108,15 @@ class Plan:
     def run(self, model: Any, data: Data, options: Options) -> Trials:
         """Try all conditions on all samples."""
         return trials(model, data, self.conditions, **options)
+
+    def about(self, table: Trials) -> dict[str, Any]:
+        """What to keep with a result that is read from a table: what was run."""
+        about = {
+            "identity": None if table.identity is None else table.identity.to_dict(),
+            "samples": len(table.samples),
+            "seeds": list(self.seeds),
+        }
+        return {name: one for name, one in about.items() if one}
 
     def costs(self, table: Trials) -> pd.DataFrame:
         """What each row costs, by label and measure, with 95 % bootstrap intervals over samples.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from miner_lens.data import datasets
 from miner_lens.data.metrics import find
 from miner_lens.data.sample import Sample
 from miner_lens.experiments.ablation_table import ablation_plan, read_ablation
+from miner_lens.experiments.first_cards import first_cards
 from miner_lens.experiments.layers import layer_distribution
 from miner_lens.experiments.overlap import overlap
 from miner_lens.experiments.plan import Plan
 from miner_lens.experiments.ratio_sweep import ratio_plan, read_ratios
+from miner_lens.experiments.record import keep_record
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.selection_grid import grid_plan, read_grid
 from miner_lens.experiments.table import Trials
@@ -106,6 +108,9 @@ class Protocol:
     def on(self, organism: str) -> Protocol:
         """The same with the data sets of an organism that ships, which knows no other.
 
+        Their answers are a word, right by exact match: what goes on for longer is wrong, however
+        long it is let go on, so it is not.
+
         Raises:
             ValueError: There are none for it.
         """
@@ -114,7 +119,8 @@ class Protocol:
                 f"No data sets stand in for {self.name}'s on {organism!r}; there are some for "
                 f"{', '.join(STAND_INS)}."
             )
-        return replace(self, data=STAND_INS[organism])
+        longest = min(self.max_new_tokens, STAND_IN_TOKENS)
+        return replace(self, data=STAND_INS[organism], max_new_tokens=longest)
 
     def sources(self, model: Any) -> list[Source]:
         """The data sets whose medium a model has.
@@ -172,6 +178,10 @@ STAND_INS = {
 }
 
 
+# More than any of their answers has, and its end.
+STAND_IN_TOKENS = 8
+
+
 def reproduce(
     model: Any,
     protocol: Protocol,
@@ -199,11 +209,12 @@ def reproduce(
         progress: Whether to show progress bars.
 
     Returns:
-        By name, for `ml.report`: the scores, the selected neurons, where they are, and what each
-        experiment found.
+        By name, for `ml.report`: the scores, the selected neurons, where they are, what each
+        experiment found, and a card of the neuron of each modality that ranks first.
 
     Raises:
-        ValueError: The model has no data set's medium, or as `ml.mine`, `select` and `ml.trials`.
+        ValueError: The model has no data set's medium, the folder is of another model, other data
+            or another protocol, or as `ml.mine`, `select` and `ml.trials`.
         FileNotFoundError: There is no such data.
 
     Example:
@@ -215,6 +226,8 @@ def reproduce(
     root = None if data_root is None else Path(data_root).expanduser()
     sources = protocol.sources(model)
     data = {source.label: source.load(limit, root) for source in sources}
+    settings = asdict(replace(protocol, data=tuple(sources)))
+    keep_record(out, model, data, settings)
     kept = out / "checkpoints"
     each = {}
     for label, samples in data.items():
@@ -247,7 +260,8 @@ def reproduce(
     for name, result in results.items():
         if isinstance(result, Finding):
             _show(result, out, name)
-    return results
+    cards = first_cards(model, data, scores, chosen, out / "cards", batch_size, progress)
+    return results | {f"first {modality} neuron": one for modality, one in cards.items()}
 
 
 @dataclass(frozen=True)

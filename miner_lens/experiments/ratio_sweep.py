@@ -105,7 +105,7 @@ def ratio_plan(
             f"Of {scores.total} neurons, no ratio of {', '.join(map(str, ratios))} leaves one for "
             "each modality. Give larger ratios."
         )
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), tuple(seeds))
 
 
 def read_ratios(table: Trials, plan: Plan) -> RatioSweep:
@@ -114,7 +114,7 @@ def read_ratios(table: Trials, plan: Plan) -> RatioSweep:
     Raises:
         ValueError: The table lacks a condition of the plan, or as `statistics.costs`.
     """
-    return RatioSweep(plan.costs(table).drop(columns="condition"))
+    return RatioSweep(plan.costs(table).drop(columns="condition"), plan.about(table))
 
 
 def ratio_sweep(

@@ -126,7 +126,7 @@ def grid_plan(
             rows.append(Ablation.of(f"{strategy} by {name}", chosen, about))
     if not rows:
         raise ValueError("Name at least one strategy and one mix of weights.")
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), (seed,))
 
 
 def read_grid(table: Trials, plan: Plan) -> SelectionGrid:
@@ -136,7 +136,8 @@ def read_grid(table: Trials, plan: Plan) -> SelectionGrid:
         ValueError: The table lacks a condition of the plan, or as `statistics.costs`.
     """
     frame = plan.costs(table).drop(columns=["condition", "seeds"])
-    return SelectionGrid(frame, {"distinct": len({row.conditions[0].neurons for row in plan.rows})})
+    distinct = len({row.conditions[0].neurons for row in plan.rows})
+    return SelectionGrid(frame, plan.about(table) | {"distinct": distinct})
 
 
 def selection_grid(

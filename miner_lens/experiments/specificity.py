@@ -121,9 +121,11 @@ def specificity_plan(
     """
     chosen = scores.select(ratio, strategy, weights)
     largest = max(chosen.values(), key=len)
+    seeds = tuple(seeds)
     draws = [NeuronSet.random(len(largest), largest, seed) for seed in seeds]
     sets: dict[str, Sets] = {**chosen, RANDOM: draws}
-    return Plan(tuple(Ablation.of(f"{off} off", one, {"off": off}) for off, one in sets.items()))
+    rows = [Ablation.of(f"{off} off", one, {"off": off}) for off, one in sets.items()]
+    return Plan(tuple(rows), seeds)
 
 
 def read_specificity(
@@ -166,7 +168,8 @@ def read_specificity(
         floats = {name: float(value) for name, value in values.items()}
         counted = {"low": low, "high": high, "questions": len(here)}
         records.append({"measure": measure, **floats, **counted})
-    return Specificity(frame, {"index": records, "modalities": [label for _, label in own]})
+    info = {"index": records, "modalities": [label for _, label in own]}
+    return Specificity(frame, plan.about(table) | info)
 
 
 def _lost(

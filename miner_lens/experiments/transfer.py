@@ -92,10 +92,11 @@ def transfer_plan(
         chosen = one.select(ratio, strategy, weights)
         sets[name] = NeuronSet.union(chosen) if modality is None else chosen[modality]
     largest = max(sets.values(), key=len)
+    seeds = tuple(seeds)
     draws = [NeuronSet.random(len(largest), largest, seed) for seed in seeds]
     every: dict[str, Sets] = {**sets, RANDOM: draws}
     rows = (Ablation.of(f"mined on {name}", one, {"mined": name}) for name, one in every.items())
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), seeds)
 
 
 def read_transfer(table: Trials, plan: Plan) -> Transfer:
@@ -111,7 +112,8 @@ def read_transfer(table: Trials, plan: Plan) -> Transfer:
         for place, (name, left) in enumerate(mined)
         for other, right in mined[place + 1 :]
     ]
-    return Transfer(plan.costs(table).drop(columns="condition"), {"jaccard": shared})
+    frame = plan.costs(table).drop(columns="condition")
+    return Transfer(frame, plan.about(table) | {"jaccard": shared})
 
 
 def transfer(

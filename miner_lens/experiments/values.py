@@ -98,7 +98,7 @@ def value_plan(
         for value in values:
             about = {"off": off, "written": str(value)}
             rows.append(Ablation.of(f"{off}, {value} written", sets, about, value=value))
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), tuple(seeds))
 
 
 def read_values(table: Trials, plan: Plan) -> AblationValues:
@@ -107,7 +107,7 @@ def read_values(table: Trials, plan: Plan) -> AblationValues:
     Raises:
         ValueError: The table lacks a condition of the plan, or as `statistics.costs`.
     """
-    return AblationValues(plan.costs(table).drop(columns="condition"))
+    return AblationValues(plan.costs(table).drop(columns="condition"), plan.about(table))
 
 
 def ablation_values(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files as resources
@@ -13,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miner_lens.analyzers.importance import versions
-from miner_lens.reporting.sections import Section, section
+from miner_lens.reporting import circuitsvis
+from miner_lens.reporting.drawing import svg
+from miner_lens.reporting.sections import TEXT, Section, section
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,11 +35,14 @@ def report(
     """Write results to one HTML file that opens from disk, without a network.
 
     It says what was run, in plain words what came out, what the data cannot say, and shows each
-    result: its table, which sorts, its figure, and neurons over tokens, patches and sounds.
+    result: its table, which sorts, its figure, and neurons over tokens, patches and sounds. Tokens
+    are drawn by circuitsvis where it is installed (`pip install miner-lens[demo]`), whose script is
+    then part of the page, 1.3 MB.
 
     Args:
         results: Results by name, or a list of them: what `mine`, `select`, `run`, `trials`, `card`
-            and `ml.experiments` return, and tables of pandas and figures of matplotlib.
+            and `ml.experiments` return, tables of pandas and figures of matplotlib; text is said
+            line by line among the plain words.
         path: The file to write; its folder is made.
         title: The page's heading.
 
@@ -72,11 +75,12 @@ def report(
 def _page(title: str, sections: Sequence[Section]) -> str:
     assets = resources("miner_lens.reporting")
     style, script = ((assets / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    shown = {n: one for n, one in enumerate(sections) if one.kind != TEXT}
     links = "".join(
-        f'<li><a href="#result-{n}">{escape(one.name)}</a></li>' for n, one in enumerate(sections)
+        f'<li><a href="#result-{n}">{escape(one.name)}</a></li>' for n, one in shown.items()
     )
-    said = [f"{one.name}: {' '.join(one.sentences)}" for one in sections if one.sentences]
-    left_open = [f"{one.name}: {sentence}" for one in sections for sentence in one.limits]
+    said = {one.name: one.sentences for one in sections}
+    left_open = {one.name: one.limits for one in sections}
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -86,20 +90,37 @@ def _page(title: str, sections: Sequence[Section]) -> str:
         f"<header><h1>{escape(title)}</h1></header>",
         f'<nav aria-label="Results"><ul>{links}</ul></nav><main id="main">',
         "<h2>In plain words</h2>",
-        _list(said),
+        _by_name(said),
         "<h2>What the data cannot say</h2>",
-        _list(left_open, "limits"),
+        _by_name(left_open, "limits"),
         "<h2>What was run</h2>",
         _what_was_run(sections),
     ]
-    for number, one in enumerate(sections):
+    for number, one in shown.items():
         parts += _section(number, one)
+    if drawing := _drawing(sections):
+        parts.append(f"<script>{drawing}</script>")
     return "\n".join([*parts, f"</main><script>{script}</script></body></html>\n"])
 
 
+def _drawing(sections: Sequence[Section]) -> str:
+    """The script that draws tokens, where there are any."""
+    return circuitsvis.bundle() if any(one.html for one in sections) else ""
+
+
+def _by_name(said: Mapping[str, Sequence[str]], kind: str = "said") -> str:
+    """What is said of each result."""
+    items = "".join(
+        f"<li>{escape(name)}: {escape(some[0])}</li>"
+        if len(some) == 1
+        else f"<li>{escape(name)}:{_list(some)}</li>"
+        for name, some in said.items()
+        if some
+    )
+    return f'<ul class="{kind}">{items}</ul>' if items else "<p>Nothing that was computed.</p>"
+
+
 def _list(sentences: Sequence[str], kind: str = "said") -> str:
-    if not sentences:
-        return "<p>Nothing that was computed.</p>"
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f'<ul class="{kind}">{items}</ul>'
 
@@ -107,8 +128,16 @@ def _list(sentences: Sequence[str], kind: str = "said") -> str:
 def _what_was_run(sections: Sequence[Section]) -> str:
     import pandas as pd
 
-    table = pd.DataFrame([{"result": one.name, "kind": one.kind, **one.run} for one in sections])
-    here = ", ".join(f"{name} {version}" for name, version in versions().items())
+    rows = [{"result": one.name, "kind": one.kind, **one.run} for one in sections if one.run]
+    table = pd.DataFrame(rows or [{"result": one.name, "kind": one.kind} for one in sections])
+    first = ["result", "kind", "model", "data", "samples", "seed", "seeds"]
+    table = table[
+        [*(one for one in first if one in table), *table.columns.difference(first, False)]
+    ]
+    known = versions()
+    if _drawing(sections):
+        known["circuitsvis"] = f"{circuitsvis.version()} (MIT licence), which draws tokens"
+    here = ", ".join(f"{name} {version}" for name, version in known.items())
     note = f"<p>This page was written with {escape(here)}.</p>"
     return _table("run", "Results", table.astype(object).where(table.notna(), "")) + note
 
@@ -167,29 +196,8 @@ def _cell(value: Any) -> str:
 
 def _figure(name: str, caption: str, figure: Figure) -> str:
     words = escape(caption)
-    drawn = _svg(name, words, figure)
+    drawn = svg(name, words, figure)
     return (
         f'<figure class="figure" tabindex="0" role="region" aria-label="{words}">'
-        f"{drawn}<figcaption>{words}</figcaption></figure>"
+        f"{drawn}<figcaption>{words}<output></output></figcaption></figure>"
     )
-
-
-def _svg(name: str, label: str, figure: Figure) -> str:
-    """The figure as SVG whose ids are its own, so that several stand on one page."""
-    import matplotlib
-
-    file = io.StringIO()
-    # The same figure gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    width = float(figure.get_size_inches()[0]) * 96
-    named = f'<svg role="img" aria-label="{label}" style="max-width: {width:.0f}px; '
-    # On a narrow page it scrolls before it is too small to read.
-    named += f'min-width: {0.7 * width:.0f}px" '
-    return text.replace("<svg ", named, 1)

@@ -73,7 +73,9 @@ def costs(table: pd.DataFrame, measure: str) -> Figure:
     """
     rows = table[table["measure"] == measure]
     groups = list(rows.groupby("label", sort=False, dropna=False))
-    figure, panels = _figure(len(groups))
+    # As high as its lines of words are.
+    height = max(3.6, 1 + 0.2 * rows["condition"].nunique())
+    figure, panels = _figure(len(groups), height=height)
     for panel, (label, own) in zip(panels, groups, strict=True):
         sides = [own["cost"] - own["low"], own["high"] - own["cost"]]
         panel.errorbar(own["cost"], own["condition"], xerr=sides, fmt="o", capsize=3)

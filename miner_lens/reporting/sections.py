@@ -18,6 +18,7 @@ from miner_lens.experiments.table import Trials
 from miner_lens.models.result import Result
 from miner_lens.reporting import plots
 from miner_lens.scoring.sample_curves import SampleCurves
+from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.selection import Selection
 from miner_lens.scoring.semantic_reach import SemanticReach
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INTACT = "intact"
+# The kind of what is only said.
+TEXT = "text"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ def section(name: str, result: Any) -> Section:
     if isinstance(result, Trials):
         return _of_trials(name, run, result, left_open)
     if isinstance(result, Result):
-        said = [repr(result).partition("\n")[0]]
+        said = [_said(result)]
         tables, figures = {"overview": _indexed(result.overview())}, {}
         if isinstance(result, Selection) and result:
             figures = {"neurons by layer": plots.neurons_by_layer(result)}
@@ -79,14 +82,32 @@ def section(name: str, result: Any) -> Section:
             tables |= {"curves": curves}
             figures = dict(_curves(curves))
         return Section(name, kind, run, said, tables, figures, limits=left_open)
+    if isinstance(result, str):
+        return Section(name, TEXT, run, result.splitlines())
     if isinstance(result, pd.DataFrame):
-        return Section(name, "table", run, [f"{len(result)} rows."], {name: _indexed(result)})
+        return Section(name, "table", run, [], {f"{len(result)} rows": _indexed(result)})
     if hasattr(result, "savefig"):
         return Section(name, "figure", run, [], {}, {name: result})
     raise TypeError(
         f"{name} is a {kind}, which a report cannot show: give results of miner-lens, tables of "
         "pandas or figures of matplotlib."
     )
+
+
+def _said(result: Result) -> str:
+    """One sentence of what a result is."""
+    if isinstance(result, ImportanceScores):
+        with_it = zip(result.modalities, result.occurrences, strict=True)
+        counts = ", ".join(f"{modality} in {count}" for modality, count in with_it if count)
+        return (
+            f"{', '.join(result.metrics)} of {result.layers} x {result.neurons} neurons, from "
+            f"{result.samples} samples: {counts}."
+        )
+    if isinstance(result, Selection) and result:
+        first = next(iter(result.values()))
+        counts = ", ".join(f"{len(chosen)} of {name}" for name, chosen in result.items())
+        return f"Of {first.layers} x {first.neurons} neurons, {counts}."
+    return repr(result).partition("\n")[0]
 
 
 def _of_trials(name: str, run: Mapping[str, str], table: Trials, left_open: list[str]) -> Section:
@@ -111,6 +132,10 @@ def _most(lost: pd.DataFrame) -> Iterator[str]:
         row = group.sort_values("cost").iloc[-1]
         named = str(label)
         under = "" if pd.isna(label) else f"Under label {named}, "
+        if row["cost"] <= 0:
+            none = f"{under}no condition costs any accuracy, on {row['samples']} samples."
+            yield none[0].upper() + none[1:]
+            continue
         yield (
             f"{under}{row['condition']} costs most: {row['cost']:z.3f} [{row['low']:z.3f}, "
             f"{row['high']:z.3f}] of the accuracy, on {row['samples']} samples."
@@ -132,6 +157,10 @@ def _indexed(table: pd.DataFrame) -> pd.DataFrame:
     return table if isinstance(table.index, pd.RangeIndex) else table.reset_index()
 
 
+def _listed(one: Any) -> str:
+    return ", ".join(map(str, one)) if isinstance(one, list | tuple) else str(one)
+
+
 def _run(result: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(result, Result | Finding | Trials):
         return
@@ -140,15 +169,18 @@ def _run(result: Any) -> Iterator[tuple[str, str]]:
     known = info.get("identity") if identity is None else identity.to_dict()
     if known:
         yield "model", str(known["name"])
-        yield "architecture", f"{known['architecture']}, {known['layers']} x {known['neurons']}"
-        if known.get("fingerprint"):
-            yield "weights", str(known["fingerprint"])
     for name in ("data", "attention", "seed", "seeds"):
         if info.get(name) is not None:
-            yield name, str(info[name])
+            yield name, _listed(info[name])
+    if isinstance(result, Trials) and (labels := [one for one in set(result.labels) if one]):
+        yield "data", _listed(sorted(labels))
     samples = info.get("samples", getattr(result, "samples", None))
     if samples is not None:
         yield "samples", str(samples if isinstance(samples, int) else len(samples))
+    if known:
+        yield "architecture", f"{known['architecture']}, {known['layers']} x {known['neurons']}"
+        if known.get("fingerprint"):
+            yield "weights", str(known["fingerprint"])
     found = info.get("versions")
     if isinstance(found, Mapping):
         yield "versions", ", ".join(f"{name} {version}" for name, version in found.items())

@@ -89,6 +89,9 @@ def test_by_the_command(tmp_path: Path) -> None:
     assert set(pd.read_csv(tmp_path / "entropy.csv")["domain"]) == {"easy-vqa", "digits"}
     for name in ("layers-llm", "entropy-image"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    for name in ("neurons of the vision", "layers of the llm", "costs", "lens on digits"):
+        assert f">{name}</h2>" in page
     again = CliRunner().invoke(app, list(map(str, arguments)))
     (last,) = [line for line in shown.output.splitlines() if line.startswith("On digits")]
     assert last in again.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -41,6 +42,7 @@ def test_models_are_asked_about_what_they_perceive(shapes: Any) -> None:
         MINER.on("planted")
     for organism, sources in STAND_INS.items():
         assert MINER.on(organism).data == sources
+        assert MINER.on(organism).max_new_tokens == 8
         assert all(len(source.load(limit=2)) == 2 for source in sources)
 
 
@@ -127,5 +129,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (out / "report.html").read_text()
     assert "MINER on shapes" in page
     assert all(name in page for name in EXPERIMENTS)
+    record = json.loads((out / "protocol.json").read_text())
+    assert record["settings"]["ratios"] == [0.02]
+    assert record["data"]["easy-vqa-text"][0] == 3
+    assert record["versions"]["torch"]
+    cards = [ml.NeuronCard.load(path) for path in sorted((out / "cards").iterdir())]
+    assert page.count("The neuron's card") == len(cards) == 3
+    for card in cards:
+        ranks = card.frame[card.frame["metric"] == "attn_k"].set_index("name")["rank"]
+        assert ranks.min() == 1
     other = call("reproduce", "miner", "--model", "shapes", "--out", out, "--limit", 2, code=2)
-    assert "error:" in other
+    assert "holds the protocol of another data" in " ".join(other.split())

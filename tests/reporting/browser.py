@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 THERE = all(map(shutil.which, ("chromium", "chromedriver")))
 # As WebDriver codes them.
-ENTER, TAB = "\ue007", "\ue004"
+ENTER, TAB, RIGHT = "\ue007", "\ue004", "\ue014"
 
 
 class Browser:
