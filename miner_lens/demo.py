@@ -16,8 +16,9 @@ from rich.console import Console
 from miner_lens.analyzers.importance import mine
 from miner_lens.data import datasets
 from miner_lens.experiments import statistics
+from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.statistics import Comparison
-from miner_lens.experiments.trials import Condition, trials
+from miner_lens.experiments.trials import trials
 from miner_lens.models.loading import load
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.reporting import findings, plots, report

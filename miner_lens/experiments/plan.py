@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.statistics import averaged, costs
 from miner_lens.experiments.table import Trials
-from miner_lens.experiments.trials import Condition, Metric, Reading, trials
 from miner_lens.experiments.trials import Item as Item
+from miner_lens.experiments.trials import Metric, Reading, trials
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.select import combine, default_weights

@@ -10,8 +10,8 @@ from miner_lens.experiments.figures import panels
 from miner_lens.experiments.plan import Ablation, Data, Options, Plan, Sets, Weights, said, shown
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.table import Trials
-from miner_lens.neurons.ablation import Value
 from miner_lens.neurons.neuron_set import NeuronSet
+from miner_lens.neurons.writing import Value
 from miner_lens.scoring.scores import ImportanceScores
 
 if TYPE_CHECKING:

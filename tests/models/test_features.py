@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import miner_lens as ml
-from miner_lens.models.features import Features, equal
+from miner_lens.models.copies import equal
+from miner_lens.models.features import Features
 from miner_lens.models.sites import Tower, sites
 from tests.families import Inputs
 from tests.parts import FAMILIES
