@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     batch_size: int
     progress: bool
     metric: Metric | Reading
+    conditions_per_batch: int
     checkpoint: str | Path | None
 
 

@@ -223,7 +223,7 @@ def specificity(
         weights: As for `select`.
         seeds: Of the random neurons, a condition for each.
         question: Makes a name of the question of a sample's id, the same through every modality.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: Fewer than two of the modalities have neurons, they share no question, or as

@@ -135,7 +135,7 @@ def ablation_values(
         strategy: As for `select`.
         weights: As for `select`.
         seeds: Of the layer-matched random neurons, a condition for each.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: As `select` and `ml.trials`, or `mean` is asked for and was not mined.

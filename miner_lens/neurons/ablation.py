@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -249,9 +250,9 @@ class _Part:
             return one._write(x, self.target, one._tokens)
         some = x[self.rows]
         new = one._write(some, self.target, one._tokens)
-        if new is not some:
-            x[self.rows] = new
-        return x
+        if new is some:
+            return x
+        return torch.cat([x[: self.rows.start], new, x[self.rows.stop :]])
 
 
 def _write_into(
@@ -263,8 +264,7 @@ def _write_into(
                 f"Neurons were to be switched off in rows of a batch of {batch}, but the MLP's "
                 f"activation function gives {list(output.shape)}. Try one condition at a time."
             )
-        seen = next(iter(module._forward_hooks.values())) is not hook
-        if seen or (batch is not None and output.requires_grad):
+        if next(iter(module._forward_hooks.values())) is not hook:
             # Somebody else saw this tensor before and may have kept it.
             output = output.clone()
         for part in parts:
