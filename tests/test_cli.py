@@ -96,6 +96,20 @@ def test_domains(tmp_path: Path) -> None:
     assert "one domain among several" in alone
 
 
+def test_stability(tmp_path: Path) -> None:
+    small = ("--limit", 4, "--parts", 2, "--ratio", 0.05, "--out", tmp_path)
+    shown = call("stability", "shapes", "easy-vqa", "digits", *small)
+    found = ml.experiments.Stability.load(tmp_path / "stability.safetensors")
+    assert found.summary in shown
+    assert "image in easy-vqa and digits" in shown
+    assert list(found.matrix("image")) == ["easy-vqa", "digits"]
+    assert len(pd.read_csv(tmp_path / "stability.csv")) == len(found.frame)
+    assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
+    assert "at least two parts" in call(
+        "stability", "shapes", "easy-vqa", *small, "--parts", 1, code=2
+    )
+
+
 def test_experiment(tmp_path: Path) -> None:
     data = ["shapes", "easy-vqa:image", "easy-vqa:text"]
     small = ["--mined", 4, "--limit", 4, "--out", tmp_path, "--checkpoint", tmp_path / "kept"]

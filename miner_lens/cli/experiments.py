@@ -76,9 +76,41 @@ def experiment(
         result = made(bridge, tried, found, **how)
         if launchers.rank() > 0:  # all ranks have it
             return
-        result.save(out / f"{name}.safetensors")
-        result.frame.to_csv(out / f"{name}.csv", index=False)
-        result.figure().savefig(out / f"{name}.png")
+        _keep(result, out, name)
+    typer.echo(result.summary)
+
+
+@app.command(rich_help_panel=PANEL)
+def stability(
+    model: Model,
+    data: Annotated[
+        list[str], typer.Argument(help="A data set, or several, such as easy-vqa digits.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the result, its table and its figure.")],
+    limit: Annotated[int, typer.Option(help="So many samples of each data set.")] = 100,
+    parts: Annotated[int, typer.Option(help="Into so many parts; halves are made of them.")] = 10,
+    ratio: Annotated[float, typer.Option(help="Share of all neurons to select.")] = 0.02,
+    strategy: Annotated[str, typer.Option(help="As for select.")] = "LA_MU",
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+) -> None:
+    """Would other samples, or another data set, have given the same neurons?"""
+    import miner_lens as ml
+
+    with clear_errors():
+        sets = asked_sets(data, limit)
+        bridge = load(model)
+        mined = {
+            name: [
+                ml.mine(bridge, some[start::parts], batch_size=batch_size, progress=False)
+                for start in range(min(parts, len(some)))
+            ]
+            for name, some in sets.items()
+        }
+        several: Any = mined if len(mined) > 1 else next(iter(mined.values()))
+        result = ml.experiments.stability(several, ratio, strategy)
+        if launchers.rank() > 0:  # all ranks have it
+            return
+        _keep(result, out, "stability")
     typer.echo(result.summary)
 
 
@@ -144,6 +176,13 @@ def report(
         twice = {name for name in names if names.count(name) > 1}
         found = {str(path) if path.stem in twice else path.stem: _result(path) for path in results}
         typer.echo(ml.report(found, out, title))
+
+
+def _keep(result: Any, out: Path, name: str) -> None:
+    """Write a result, its table and its figure."""
+    result.save(out / f"{name}.safetensors")
+    result.frame.to_csv(out / f"{name}.csv", index=False)
+    result.figure().savefig(out / f"{name}.png")
 
 
 def _result(path: Path) -> Any:
