@@ -113,7 +113,7 @@ def test_stability(tmp_path: Path) -> None:
 def test_experiment(tmp_path: Path) -> None:
     data = ["shapes", "easy-vqa:image", "easy-vqa:text"]
     small = ["--mined", 4, "--limit", 4, "--out", tmp_path, "--checkpoint", tmp_path / "kept"]
-    how = ("--ratio", 0.1, "--metric", "begins")
+    how = ("--ratio", 0.1, "--metric", "begins", "--conditions-per-batch", 3)
     shown = call("experiment", "specificity", *data, *small, *how)
     assert "specificity index" in shown
     found = ml.experiments.Specificity.load(tmp_path / "specificity.safetensors")

@@ -43,6 +43,9 @@ def experiment(
         str, typer.Option(help="exact: the answer comes and ends; begins: it comes.")
     ] = "exact",
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+    conditions_per_batch: Annotated[
+        int, typer.Option(help="So many conditions go through the model together, as rows.")
+    ] = 1,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which trials that were stopped continue.")
     ] = None,
@@ -72,7 +75,12 @@ def experiment(
         given = {"ratio": ratio, "strategy": strategy}
         how: dict[str, Any] = {option: given[option] for option in EXPERIMENTS[name]}
         made = getattr(ml.experiments, name.replace("-", "_"))
-        how |= {"batch_size": batch_size, "metric": metric, "checkpoint": checkpoint}
+        how |= {
+            "batch_size": batch_size,
+            "metric": metric,
+            "conditions_per_batch": conditions_per_batch,
+            "checkpoint": checkpoint,
+        }
         result = made(bridge, tried, found, **how)
         if launchers.rank() > 0:  # all ranks have it
             return
