@@ -280,19 +280,22 @@ class _Asking:
     def _tried(self, batch: Sequence[_Asked]) -> Iterator[list[tuple[float, float, str]]]:
         """By condition, of each sample: how right it is, its log-probability, and the answer."""
         self._features.forget()
+        inputs = {
+            copies: self._together([one.forced.inputs for one in batch] * copies)
+            for copies in set(map(len, self._groups))
+        }
         found = {}
         for group in self._groups:
-            rows = iter(self._rows(batch, group))
+            rows = iter(self._rows(batch, group, inputs[len(group)]))
             for one in group:
                 found[one.condition.name] = list(islice(rows, len(batch)))
         return (found[one.condition.name] for one in self._conditions)
 
     def _rows(
-        self, batch: Sequence[_Asked], group: Sequence[_Checked]
+        self, batch: Sequence[_Asked], group: Sequence[_Checked], inputs: Inputs
     ) -> Iterable[tuple[float, float, str]]:
         """The same of some conditions together, each sample under the first of them first."""
         asked = [*batch] * len(group)
-        inputs = self._together([one.forced.inputs for one in asked])
         kept = self._features.kept if group[0].spares_towers else nullcontext
         with self._under(group, [len(batch)] * len(group)), kept(len(group)):
             read = self._read(asked, inputs)
