@@ -60,15 +60,18 @@ def in_turn(
     device: str = "cpu",
     tick: Callable[[], object] = lambda: None,
     clock: Clock = time.perf_counter,
+    first: Mapping[str, Workload] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each workload in each run, after one call of each that does not count.
+
+    What takes minutes is given smaller ones, `first`, to call before.
 
     Every run calls all of them. Their order changes from run to run so that each of them is early
     and late, and comes after each of the others, equally often (a Williams design): a machine that
     slows down, or something that one leaves behind for the next, weighs on none in particular.
     """
-    for workload in workloads.values():
-        workload()
+    for name in workloads:
+        (first or workloads)[name]()
         tick()
     times: dict[str, list[float]] = {name: [] for name in workloads}
     for run in range(runs):

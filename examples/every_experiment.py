@@ -22,14 +22,13 @@ found = [
 ]
 
 # Neurons are.
-how = {"progress": False}
 found += [
-    do.ablation_table(model, others, scores, 0.05, seeds=[0], **how),
-    do.ratio_sweep(model, others, scores, [0.02, 0.1], seeds=[0], **how),
-    do.selection_grid(model, others, scores, 0.05, ["LA_MU", "lape"], **how),
-    do.ablation_values(model, others, scores, ["zero", "mean"], 0.05, seeds=[0], **how),
-    do.transfer(model, others, mined, ratio=0.05, seeds=[0], **how),
-    do.necessity(model, others, scores, ["image"], [0, 0.1, 1], seeds=[0], **how),
+    do.ablation_table(model, others, scores, 0.05, seeds=[0], progress=False),
+    do.ratio_sweep(model, others, scores, [0.02, 0.1], seeds=[0], progress=False),
+    do.selection_grid(model, others, scores, 0.05, ["LA_MU", "lape"], progress=False),
+    do.ablation_values(model, others, scores, ["zero", "mean"], 0.05, seeds=[0], progress=False),
+    do.transfer(model, others, mined, ratio=0.05, seeds=[0], progress=False),
+    do.necessity(model, others, scores, ["image"], [0, 0.1, 1], seeds=[0], progress=False),
 ]
 for one in found:
     print(f"{type(one).__name__}: {one.summary}")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,22 @@ from rich.console import Console
 
 import miner_lens as ml
 from benchmarks import __main__ as command
-from benchmarks import comparisons, families, measure, models, organisms, preparing, scaling, tables
+from benchmarks import (
+    comparisons,
+    families,
+    lines,
+    measure,
+    models,
+    organisms,
+    preparing,
+    scaling,
+    tables,
+)
 from benchmarks.breakdown import breakdown
 from benchmarks.catalogue import catalogue
 from benchmarks.published import naive, published
 from benchmarks.results import File, Result, Target
+from miner_lens.cli import app
 
 SHAPES = {
     "vision": (models.Shape("small", "qwen2_vl", 64, 96, 4, 2), 150),
@@ -97,6 +109,27 @@ def test_each_workload_is_as_often_in_each_place_and_after_each_other(count: int
 def test_ratios_are_taken_run_by_run() -> None:
     spread = measure.ratio([2, 30, 400, 8, 10], [1, 10, 100, 4, 5])
     assert (spread.median, spread.low, spread.high, spread.runs) == (2, 2, 3, 5)
+
+
+def test_smaller_ones_are_called_first() -> None:
+    called: list[str] = []
+    small, large = ({"a": partial(called.append, name)} for name in ("small", "large"))
+    times = measure.in_turn(large, runs=2, first=small)
+    assert called == ["small", "large", "large"]
+    assert len(times["a"]) == 2
+
+
+def test_every_experiment_of_the_command_has_a_line() -> None:
+    made = [
+        one.name or one.callback.__name__.replace("_", "-")
+        for one in app.registered_commands
+        if one.callback is not None
+    ]
+    asked = {line.arguments[0] for line in lines.lines("shapes")}
+    method = {"demo", "info", "mine", "select", "ablate", "report"}
+    assert asked == {*made, "reproduce"} - method
+    named = [line.name for line in lines.lines("shapes")]
+    assert len(set(named)) == len(named)
 
 
 def test_exponents_are_fitted() -> None:

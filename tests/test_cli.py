@@ -101,10 +101,23 @@ def test_domains(tmp_path: Path) -> None:
     assert "one domain among several" in alone
 
 
+def test_stability(tmp_path: Path) -> None:
+    small = ("--limit", 4, "--parts", 2, "--ratio", 0.05, "--out", tmp_path)
+    shown = call("stability", "shapes", "easy-vqa", "digits", *small)
+    found = ml.experiments.Stability.load(tmp_path / "stability.safetensors")
+    assert found.summary in shown
+    assert "image in easy-vqa and digits" in shown
+    assert list(found.matrix("image")) == ["easy-vqa", "digits"]
+    assert len(pd.read_csv(tmp_path / "stability.csv")) == len(found.frame)
+    assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
+    one = call("stability", "shapes", "easy-vqa", *small, "--parts", 1, code=2)
+    assert "4 samples make from 2 to as many parts, not 1." in one
+
+
 def test_experiment(tmp_path: Path) -> None:
     data = ["shapes", "easy-vqa:image", "easy-vqa:text"]
     small = ["--mined", 4, "--limit", 4, "--out", tmp_path, "--checkpoint", tmp_path / "kept"]
-    how = ("--ratio", 0.1, "--metric", "begins")
+    how = ("--ratio", 0.1, "--metric", "begins", "--conditions-per-batch", 3)
     shown = call("experiment", "specificity", *data, *small, *how)
     assert "specificity index" in shown
     found = ml.experiments.Specificity.load(tmp_path / "specificity.safetensors")

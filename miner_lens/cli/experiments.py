@@ -42,6 +42,9 @@ def experiment(
         str, typer.Option(help="exact: the answer comes and ends; begins: it comes.")
     ] = "exact",
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 16,
+    conditions_per_batch: Annotated[
+        int, typer.Option(help="So many conditions go through the model together, as rows.")
+    ] = 1,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which trials that were stopped continue.")
     ] = None,
@@ -71,7 +74,12 @@ def experiment(
         given = {"ratio": ratio, "strategy": strategy}
         how: dict[str, Any] = {option: given[option] for option in EXPERIMENTS[name]}
         made = getattr(ml.experiments, name.replace("-", "_"))
-        how |= {"batch_size": batch_size, "metric": metric, "checkpoint": checkpoint}
+        how |= {
+            "batch_size": batch_size,
+            "metric": metric,
+            "conditions_per_batch": conditions_per_batch,
+            "checkpoint": checkpoint,
+        }
         result = made(bridge, tried, found, **how)
         keep(result, out, name)
 
@@ -138,6 +146,13 @@ def report(
         twice = {name for name in names if names.count(name) > 1}
         found = {str(path) if path.stem in twice else path.stem: _result(path) for path in results}
         typer.echo(ml.report(found, out, title))
+
+
+def _keep(result: Any, out: Path, name: str) -> None:
+    """Write a result, its table and its figure."""
+    result.save(out / f"{name}.safetensors")
+    result.frame.to_csv(out / f"{name}.csv", index=False)
+    result.figure().savefig(out / f"{name}.png")
 
 
 def _result(path: Path) -> Any:

@@ -91,28 +91,36 @@ def layers(
 @app.command(rich_help_panel=PANEL)
 def stability(
     model: Model,
-    data: Data,
+    data: Annotated[
+        list[str], typer.Argument(help="A data set, or several, such as easy-vqa digits.")
+    ],
     out: Out,
     ratio: Ratio = 0.02,
     strategy: Strategy = "LA_MU",
-    limit: Annotated[int, typer.Option(help="So many samples.")] = 100,
-    parts: Annotated[int, typer.Option(help="So many parts of them are mined apart.")] = 10,
+    limit: Annotated[int, typer.Option(help="So many samples of each data set.")] = 100,
+    parts: Annotated[int, typer.Option(help="So many parts of each are mined apart.")] = 10,
     repeats: Annotated[int, typer.Option(help="So many random halves of the parts.")] = 20,
     batch_size: Batch = 8,
 ) -> None:
-    """See whether other samples would have given the same neurons."""
+    """See whether other samples, or another data set, would have given the same neurons."""
     import miner_lens as ml
 
     with clear_errors():
-        samples, bridge = data_set(data, limit), load(model)
-        if not 2 <= parts <= len(samples):
-            raise ValueError(f"{len(samples)} samples make from 2 to as many parts, not {parts}.")
-        ends = [len(samples) * n // parts for n in range(parts + 1)]
-        mined = [
-            ml.mine(bridge, samples[start:end], batch_size=batch_size, progress=False)
-            for start, end in pairwise(ends)
-        ]
-        found = ml.experiments.stability(mined, ratio, strategy, repeats=repeats)
+        sets, bridge = asked_sets(data, limit), load(model)
+        for samples in sets.values():
+            if not 2 <= parts <= len(samples):
+                raise ValueError(
+                    f"{len(samples)} samples make from 2 to as many parts, not {parts}."
+                )
+        mined = {}
+        for name, samples in sets.items():
+            ends = [len(samples) * n // parts for n in range(parts + 1)]
+            mined[name] = [
+                ml.mine(bridge, samples[start:end], batch_size=batch_size, progress=False)
+                for start, end in pairwise(ends)
+            ]
+        several = mined if len(mined) > 1 else next(iter(mined.values()))
+        found = ml.experiments.stability(several, ratio, strategy, repeats=repeats)
         keep(found, out, "stability")
 
 

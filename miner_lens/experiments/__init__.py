@@ -8,6 +8,7 @@ from miner_lens.experiments.ablation_table import (
 )
 from miner_lens.experiments.attention_effect import AttentionEffect, attention_effect
 from miner_lens.experiments.card import NeuronCard, card
+from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.domains import DomainMatrix, domain_matrix
 from miner_lens.experiments.evaluate import Evaluation, evaluate
 from miner_lens.experiments.evaluation import accuracy, answers
@@ -43,7 +44,7 @@ from miner_lens.experiments.specificity import (
 from miner_lens.experiments.stability import Stability, stability
 from miner_lens.experiments.table import Trials
 from miner_lens.experiments.transfer import Transfer, read_transfer, transfer, transfer_plan
-from miner_lens.experiments.trials import Condition, trials
+from miner_lens.experiments.trials import trials
 from miner_lens.experiments.values import AblationValues, ablation_values, read_values, value_plan
 
 __all__ = [

@@ -199,7 +199,7 @@ def ablation_table(
         strategy: As for `select`.
         weights: As for `select`.
         seeds: Of the random controls, a condition for each.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: As `select` and `ml.trials`.

@@ -20,11 +20,12 @@ from miner_lens.analyzers.top_activations import TopActivationsAnalyzer
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
 from miner_lens.experiments.card_view import card_html
+from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.figures import COLOURS
 from miner_lens.experiments.moments import Moment, moment
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.statistics import costs
-from miner_lens.experiments.trials import Condition, trials
+from miner_lens.experiments.trials import trials
 from miner_lens.models.access import identity
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.running.run import run

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from miner_lens.data.labelled import labelled
+from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.statistics import Comparison, against_controls, costs
 from miner_lens.experiments.table import Trials
-from miner_lens.experiments.trials import Condition, Item, trials
+from miner_lens.experiments.trials import Item, trials
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.result import Result
+from miner_lens.neurons.ablation import PreparedAblation
 from miner_lens.neurons.neuron_set import NeuronSet
-from miner_lens.neurons.scaling import scale
+from miner_lens.neurons.scaling import scaled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,17 +40,13 @@ class SitesCondition(Condition):
     sets: tuple[NeuronSet, ...] = ()
     by: float = 0.0
 
-    @contextmanager
-    def applied(self, model: Any) -> Iterator[None]:
-        """A context in which the model is under this condition.
+    def prepared(self, model: Any) -> list[PreparedAblation]:
+        """The ablations that it comes to.
 
         Raises:
             ValueError: As `scale`.
         """
-        with ExitStack() as stack:
-            for neurons in self.sets:
-                stack.enter_context(scale(model, neurons, self.by))
-            yield
+        return [PreparedAblation(model, neurons, scaled(self.by)) for neurons in self.sets]
 
 
 @dataclass(frozen=True)

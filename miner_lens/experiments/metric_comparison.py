@@ -204,7 +204,7 @@ def metric_comparison(
         attribution: What `ml.attribute` returns, of the same data as `scores`.
         ratio: As for `select`.
         question: As for `specificity`.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: As `comparison_plan` and `specificity`.

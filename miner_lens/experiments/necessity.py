@@ -221,7 +221,7 @@ def necessity(
         fractions: Of the neurons, rising from 0 to 1.
         weights: As for `select`.
         seeds: Of random orders, a curve for each.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: The fractions do not rise from 0 to 1, a modality was not scored, or as

@@ -25,7 +25,7 @@ from miner_lens.experiments.table import Trials
 from miner_lens.experiments.trials import trials
 from miner_lens.experiments.values import read_values, value_plan
 from miner_lens.models.access import layout
-from miner_lens.neurons.ablation import Value
+from miner_lens.neurons.writing import Value
 from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.select import PUBLISHED
 

@@ -137,7 +137,7 @@ def ratio_sweep(
         strategy: As for `select`.
         weights: As for `select`.
         seeds: Of the random neurons, a condition for each.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: As `select` and `ml.trials`, or no ratio leaves a neuron for each modality.

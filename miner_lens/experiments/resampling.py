@@ -34,20 +34,16 @@ def interval(
     return low, high
 
 
-def ratio_interval(
-    top: Float[np.ndarray, " sample"],
-    bottom: Float[np.ndarray, " sample"],
+def contrast_interval(
+    one: Float[np.ndarray, " sample"],
+    other: Float[np.ndarray, " sample"],
     resamples: int = 5000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """A percentile bootstrap interval of the ratio of two means, paired by sample.
-
-    Where the second mean is not above 0, as in a resample in which nothing is lost, the ratio
-    counts as 0.
-    """
+    """A percentile bootstrap interval of the contrast of two means, paired by sample."""
     found = _scipy().bootstrap(
-        (top, bottom),
-        ratio,
+        (one, other),
+        contrast,
         axis=-1,
         paired=True,
         vectorized=True,
@@ -60,15 +56,20 @@ def ratio_interval(
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def ratio(top: Any, bottom: Any, axis: int = -1) -> Any:
-    """The ratio of two means; 0 where the second is not above 0.
+def contrast(one: Any, other: Any, axis: int = -1) -> Any:
+    """How much larger one mean is than another, from -1 to 1: (one - other) / (one + other).
+
+    A mean below 0 counts as 0; where neither is above 0 the contrast is 0.
 
     Example:
-        >>> float(ratio(np.array([1.0, 2.0]), np.array([2.0, 4.0])))
+        >>> float(contrast(np.array([2.0, 4.0]), np.array([1.0, 1.0])))
         0.5
+        >>> float(contrast(np.array([2.0]), np.array([-1.0])))
+        1.0
     """
-    above, below = np.mean(top, axis=axis), np.mean(bottom, axis=axis)
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    above, below = (np.mean(values, axis=axis).clip(0) for values in (one, other))
+    total = above + below
+    return np.divide(above - below, total, out=np.zeros_like(total), where=total > 0)
 
 
 def p_values(

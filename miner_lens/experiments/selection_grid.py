@@ -161,7 +161,7 @@ def selection_grid(
         weights: Mixes by name, as `select` takes them; MINER's ten, as far as the metrics that
             they need were scored.
         seed: Of the strategy `random`.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: As `select` and `ml.trials`.

@@ -21,7 +21,7 @@ from miner_lens.experiments.plan import (
     crossed,
     frame_of,
 )
-from miner_lens.experiments.resampling import ratio, ratio_interval
+from miner_lens.experiments.resampling import contrast, contrast_interval
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.statistics import MEASURES
 from miner_lens.experiments.table import Trials
@@ -56,8 +56,8 @@ class Specificity(Finding):
 
     The index is (own - other) / (own + other): what modalities' neurons cost on average in
     questions asked through their own modality, and through the others. 1: they hurt only their own;
-    0: all alike; -1: only others. It is 0 where own + other is not above 0, as nothing is lost
-    then.
+    0: all alike; -1: only others. A mean cost below 0, where answers become better, counts as
+    nothing lost; where neither is above 0 the index is 0.
     """
 
     @property
@@ -159,11 +159,11 @@ def read_specificity(
     records = []
     for measure in MEASURES:
         here, there = _lost(frame_of(table), own, measure, question)
-        low, high = ratio_interval(here - there, here + there)
+        low, high = contrast_interval(here, there)
         values = {
             "own": here.mean(),
             "other": there.mean(),
-            "index": ratio(here - there, here + there),
+            "index": contrast(here, there),
         }
         floats = {name: float(value) for name, value in values.items()}
         counted = {"low": low, "high": high, "questions": len(here)}
@@ -226,7 +226,7 @@ def specificity(
         weights: As for `select`.
         seeds: Of the random neurons, a condition for each.
         question: Makes a name of the question of a sample's id, the same through every modality.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: Fewer than two of the modalities have neurons, they share no question, or as

@@ -138,7 +138,7 @@ def transfer(
         strategy: As for `select`.
         weights: As for `select`.
         seeds: Of the random neurons, a condition for each.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: There are scores of fewer than two data sets, or as `select` and `ml.trials`.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
 from miner_lens.data.signature import described
+from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.scored import SampleTrials, Scored
 from miner_lens.experiments.table import Trials
 from miner_lens.models.access import identity
@@ -27,9 +28,7 @@ from miner_lens.models.forcing import Forced, force, logprob, tokenizer_of
 from miner_lens.models.forward import evaluating, last_logits
 from miner_lens.models.generation import generate_from, input_device, is_greedy, to_device
 from miner_lens.models.inside import hf_model_of
-from miner_lens.neurons.ablation import Neurons, Value, ablate, check_neurons
-from miner_lens.neurons.active import active
-from miner_lens.neurons.neuron_set import NeuronSet
+from miner_lens.neurons.ablation import PreparedAblation, opened, opened_in_rows
 from miner_lens.running.distributed import joined
 from miner_lens.running.passes import Sampler
 from miner_lens.running.work import Items, work_through
@@ -47,49 +46,6 @@ Metric = Callable[[Sample, str], float]
 Reading = Literal["exact", "begins"]
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What is switched off in a trial.
-
-    Attributes:
-        name: What tables call it.
-        neurons: The neurons to switch off, or what `select` returns; None: the model is intact.
-        value: What is written into them, as for `ablate`.
-        at: At the tokens of which modality only, as for `ablate`.
-        complement: Whether to switch off every neuron but these, as for `ablate`.
-
-    Raises:
-        ValueError: It says how to ablate, but no neurons.
-
-    Example:
-        >>> Condition("intact")
-        Condition(name='intact', neurons=None, value='zero', at=None, complement=False)
-    """
-
-    name: str
-    neurons: Neurons | None = None
-    value: Value = "zero"
-    at: str | None = None
-    complement: bool = False
-
-    def __post_init__(self) -> None:
-        if self.neurons is None and (self.value, self.at, self.complement) != ("zero", None, False):
-            raise ValueError(
-                f"Condition {self.name!r} says how to ablate, but not which neurons. Give neurons, "
-                "or leave value, at and complement out for the intact model."
-            )
-
-    def applied(self, model: Any) -> AbstractContextManager[None]:
-        """A context in which the model is under this condition.
-
-        Raises:
-            ValueError: As `ablate`.
-        """
-        if self.neurons is None:
-            return nullcontext()
-        return ablate(model, self.neurons, self.value, self.at, self.complement)
-
-
 def trials(
     model: Any,
     data: Iterable[Item] | Mapping[str, Iterable[Item]],
@@ -99,6 +55,7 @@ def trials(
     *,
     metric: Metric | Reading = "exact",
     max_new_tokens: int = 16,
+    conditions_per_batch: int = 1,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
 ) -> Trials:
@@ -129,6 +86,11 @@ def trials(
         metric: `"exact"`, `"begins"`, or a function of a `Sample` and the model's answer that says
             from 0 to 1 how right it is.
         max_new_tokens: The length of an answer at most, where one is generated.
+        conditions_per_batch: So many conditions go through the model together, as rows of one
+            batch: it has `batch_size` rows for each. Values are the same but for rounding. It pays
+            where a pass does not keep the device busy, or where few answers of each condition are
+            generated. Conditions on neurons of a tower are tried one by one all the same, and so is
+            all that generates by more than the most probable token (beams, a penalty).
         checkpoint: A folder in which to keep what is done, as for `ml.run`. Called again with the
             same model, data and arguments, a table that was stopped, also by SIGKILL, continues to
             the same table, bit for bit; with another number of processes too.
@@ -137,9 +99,10 @@ def trials(
     Raises:
         ValueError: No data, no condition, two conditions of one name, two samples of one id, a
             sample without answers or with an empty one, a condition that does not fit the model, a
-            model without a processor or an end of turn, a batch size below 1, an unknown metric or
-            one that gives something else than 0 to 1, a checkpoint of another table or one that is
-            in use, or processes that differ in model, data or arguments.
+            model without a processor or an end of turn, a batch size or number of conditions below
+            1, an MLP that does not keep the rows of a batch apart where conditions share one, an
+            unknown metric or one that gives something else than 0 to 1, a checkpoint of another
+            table or one that is in use, or processes that differ in model, data or arguments.
         SampleError: A sample cannot be read.
         RankError: Another process has stopped.
 
@@ -154,7 +117,11 @@ def trials(
         raise ValueError(f"metric is 'exact', 'begins' or a function, not {metric!r}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
-    asking = _Asking(model, checked, batch_size, _ends(model), metric, max_new_tokens)
+    if conditions_per_batch < 1:
+        raise ValueError(f"conditions_per_batch must be at least 1, not {conditions_per_batch!r}.")
+    asking = _Asking(
+        model, checked, batch_size, _ends(model), metric, max_new_tokens, conditions_per_batch
+    )
     items = Items(labelled(data) if isinstance(data, Mapping) else data, None)
     settings = {
         "analyzers": [["trials", TABLE]],
@@ -163,6 +130,8 @@ def trials(
         "metric": described(metric) if callable(metric) else metric,
         "max_new_tokens": max_new_tokens if callable(metric) else None,
     }
+    if conditions_per_batch > 1:
+        settings["conditions_per_batch"] = conditions_per_batch
     with evaluating(model), torch.no_grad(), joined() as ranks:
         sampler = Sampler(max(WINDOW, batch_size), input_device(model))
         seen, _ = work_through(
@@ -190,17 +159,22 @@ class _Checked:
     """A condition that fits the model.
 
     Attributes:
-        condition: Itself, its neurons without an identity, which need not be compared again.
-        done: The ablations that it comes to, as JSON can hold them.
+        condition: Itself.
+        ablations: What it comes to.
     """
 
     condition: Condition
-    done: list[Any]
+    ablations: list[PreparedAblation]
+
+    @property
+    def done(self) -> list[Any]:
+        """The ablations, as JSON can hold them."""
+        return [one.description for one in self.ablations]
 
     @property
     def spares_towers(self) -> bool:
         """Whether the model is intact before its decoder."""
-        return all(one["site"] == "llm" for one in self.done)
+        return all(one.site == "llm" for one in self.ablations)
 
     @property
     def depends_on_length(self) -> bool:
@@ -264,6 +238,7 @@ class _Asking:
         ends: Sequence[int],
         metric: Metric | Reading,
         max_new_tokens: int,
+        conditions_per_batch: int,
     ) -> None:
         self.scored = Scored()
         self._model, self._conditions, self._ends = model, conditions, ends
@@ -271,6 +246,9 @@ class _Asking:
         self._max_new_tokens = max_new_tokens
         self._pad = tokenizer_of(model).pad_token_id or 0
         self._greedy = is_greedy(model)
+        alone = callable(metric) and not self._greedy
+        self._groups = _groups(conditions, 1 if alone else conditions_per_batch)
+        self._features = Features(hf_model_of(model))
 
     def prepare(self, unit: dict[int, Any]) -> list[_Asked]:
         """A unit's samples with their answers, ready for the model."""
@@ -299,21 +277,40 @@ class _Asking:
 
     def _tried(self, batch: Sequence[_Asked]) -> Iterator[list[tuple[float, float, str]]]:
         """By condition, of each sample: how right it is, its log-probability, and the answer."""
-        inputs = self._together([one.forced.inputs for one in batch])
-        features = Features(hf_model_of(self._model))
-        for one in self._conditions:
-            kept = features.kept if one.spares_towers else nullcontext
-            with one.condition.applied(self._model):
-                with kept():
-                    read = self._read(batch, inputs)
-                if not callable(self._metric):
-                    yield [(each.says(self._metric), each.logprob, "") for each in read]
-                    continue
-                known = self._greedy and not one.depends_on_length
-                answers = self._answers(batch, [known and each.right for each in read], read)
-            rights = map(self._judge, batch, answers)
-            logprobs = (each.logprob for each in read)
-            yield list(zip(rights, logprobs, answers, strict=True))
+        self._features.forget()
+        inputs = {
+            copies: self._together([one.forced.inputs for one in batch] * copies)
+            for copies in set(map(len, self._groups))
+        }
+        found = {}
+        for group in self._groups:
+            rows = iter(self._rows(batch, group, inputs[len(group)]))
+            for one in group:
+                found[one.condition.name] = list(islice(rows, len(batch)))
+        return (found[one.condition.name] for one in self._conditions)
+
+    def _rows(
+        self, batch: Sequence[_Asked], group: Sequence[_Checked], inputs: Inputs
+    ) -> Iterable[tuple[float, float, str]]:
+        """The same of some conditions together, each sample under the first of them first."""
+        asked = [*batch] * len(group)
+        kept = self._features.kept if group[0].spares_towers else nullcontext
+        with self._under(group, [len(batch)] * len(group)), kept(len(group)):
+            read = self._read(asked, inputs)
+        if not callable(self._metric):
+            return [(each.says(self._metric), each.logprob, "") for each in read]
+        answers = self._answers(asked, group, read)
+        logprobs = (each.logprob for each in read)
+        return zip(map(self._judge, asked, answers), logprobs, answers, strict=True)
+
+    def _under(
+        self, group: Sequence[_Checked], rows: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """A context in which so many rows of a batch are under each of some conditions."""
+        if len(group) == 1:
+            return opened(self._model, group[0].ablations)
+        parts = [(one.ablations, count) for one, count in zip(group, rows, strict=True)]
+        return opened_in_rows(self._model, parts)
 
     def _read(self, batch: Sequence[_Asked], inputs: Inputs) -> list[_Read]:
         """What the model says of each answer, in one pass."""
@@ -327,19 +324,29 @@ class _Asking:
         ]
 
     def _answers(
-        self, batch: Sequence[_Asked], known: Sequence[bool], read: Sequence[_Read]
+        self, asked: Sequence[_Asked], group: Sequence[_Checked], read: Sequence[_Read]
     ) -> list[str]:
         """What the model says by itself, generated where it is not known."""
-        places = [place for place, one in enumerate(known) if not one]
+        size = len(asked) // len(group)
+        places = [
+            [
+                place
+                for place in range(n * size, (n + 1) * size)
+                if one.depends_on_length or not (self._greedy and read[place].right)
+            ]
+            for n, one in enumerate(group)
+        ]
+        rows = [place for some in places for place in some]
         generated: list[str] = []
-        if places:
-            prompts = self._together([batch[place].forced.prompt for place in places])
-            generated = generate_from(self._model, prompts, self._max_new_tokens)
+        if rows:
+            prompts = self._together([asked[place].forced.prompt for place in rows])
+            with self._under(group, [len(some) for some in places]):
+                generated = generate_from(self._model, prompts, self._max_new_tokens)
         decode = tokenizer_of(self._model).decode
         answers = [
             decode(one.greedy[: self._max_new_tokens], skip_special_tokens=True) for one in read
         ]
-        for place, answer in zip(places, generated, strict=True):
+        for place, answer in zip(rows, generated, strict=True):
             answers[place] = answer
         return answers
 
@@ -378,19 +385,15 @@ def _checked(model: Any, conditions: Iterable[Condition]) -> list[_Checked]:
         raise ValueError("trials needs at least one condition, such as ml.Condition('intact').")
     if twice := _twice([condition.name for condition in conditions]):
         raise ValueError(f"Two conditions are called {twice!r}; give each a name of its own.")
-    hf_model = hf_model_of(model)
-    before = len(active(hf_model))
-    checked = []
-    for condition in conditions:
-        # All of them now, not after hours.
-        with condition.applied(model):
-            done = json.loads(json.dumps(active(hf_model)[before:]))
-        if condition.neurons is not None:
-            own = check_neurons(model, condition.neurons)
-            unnamed = NeuronSet.from_mask(own.mask, means=own.means, site=own.site)
-            condition = replace(condition, neurons=unnamed)
-        checked.append(_Checked(condition, done))
-    return checked
+    # All of them now, not after hours.
+    return [_Checked(one, one.prepared(model)) for one in conditions]
+
+
+def _groups(conditions: Sequence[_Checked], most: int) -> list[list[_Checked]]:
+    """Conditions that go through the model together; those on a tower's neurons alone."""
+    together = [one for one in conditions if one.spares_towers]
+    groups = [together[at : at + most] for at in range(0, len(together), most)]
+    return groups + [[one] for one in conditions if not one.spares_towers]
 
 
 def _twice(names: Sequence[str]) -> str | None:

@@ -10,8 +10,8 @@ from miner_lens.experiments.figures import panels
 from miner_lens.experiments.plan import Ablation, Data, Options, Plan, Sets, Weights, said, shown
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.table import Trials
-from miner_lens.neurons.ablation import Value
 from miner_lens.neurons.neuron_set import NeuronSet
+from miner_lens.neurons.writing import Value
 from miner_lens.scoring.scores import ImportanceScores
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def ablation_values(
         strategy: As for `select`.
         weights: As for `select`.
         seeds: Of the layer-matched random neurons, a condition for each.
-        options: `batch_size`, `progress` and `checkpoint`, as for `ml.trials`.
+        options: `batch_size`, `metric`, `checkpoint` and the others of `ml.trials`.
 
     Raises:
         ValueError: As `select` and `ml.trials`, or `mean` is asked for and was not mined.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from miner_lens.models.inside import hf_model_of
-from miner_lens.neurons.ablation import Neurons, Value, ablate, check_neurons
+from miner_lens.neurons.ablation import Neurons, ablate, check_neurons
 from miner_lens.neurons.neuron_set import NeuronSet
+from miner_lens.neurons.writing import Value
 
 
 def ablated(base: type, methods: Iterable[str]) -> type:

@@ -8,7 +8,8 @@ runpy.run_path('run.py', run_name='__main__')" --model Qwen2-VL-7B-Instruct-abla
 from functools import partial
 
 from miner_lens.harnesses.ablated import ablated
-from miner_lens.neurons.ablation import Neurons, Value
+from miner_lens.neurons.ablation import Neurons
+from miner_lens.neurons.writing import Value
 
 METHODS = ("generate_inner", "chat_inner")
 

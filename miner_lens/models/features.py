@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from miner_lens.models.copies import Growth, equal, grown, growth, repeat, single
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.structure import decoder_of, plain
 
-# Arguments of a call, by place and by name, and what came of it.
-_Call = tuple[tuple[Any, ...], dict[str, Any], Any]
+
+class _Given(NamedTuple):
+    """The arguments of a call, by place and by name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def single(self, copies: int) -> _Given:
+        """Those of one of so many copies."""
+        if copies == 1:
+            return self
+        named = {name: single(one, copies) for name, one in self.kwargs.items()}
+        return _Given(tuple(single(one, copies) for one in self.args), named)
+
+    def times(self, copies: int, many: _Given) -> _Given:
+        """Those of so many copies, of this one, where many copies have others."""
+
+        def more(one: Any, other: Any) -> Any:
+            return one if one is other else repeat(one, copies)
+
+        args = tuple(map(more, self.args, many.args))
+        return _Given(
+            args, {name: more(self.kwargs[name], many.kwargs[name]) for name in many.kwargs}
+        )
 
 
 @dataclass
@@ -36,30 +56,57 @@ class Features:
     """
 
     hf_model: Any
-    _calls: dict[tuple[int, str], list[_Call]] = field(default_factory=dict)
+    _calls: dict[tuple[int, str], list[tuple[_Given, Any]]] = field(default_factory=dict)
+    _grows: dict[tuple[int, str], Growth | None] = field(default_factory=dict)
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """A context in which what was computed for equal inputs in another is taken from there."""
+    def kept(self, copies: int = 1) -> Iterator[None]:
+        """A context in which what was computed for equal inputs in another is taken from there.
+
+        Args:
+            copies: How many times over, one after another, the batch holds the same samples. These
+                are computed once, where the result of several copies is that of one repeated.
+        """
         with ExitStack() as stack:
-            for modality in media_tokens(self.hf_model.config):
-                for place, method in _computing(self.hf_model, modality):
-                    stack.enter_context(self._keep(place, method))
+            for place, method in self._places:
+                stack.enter_context(self._keep(place, method, copies))
             yield
 
+    def forget(self) -> None:
+        """Let go of what was computed: other samples come."""
+        self._calls.clear()
+
+    @cached_property
+    def _places(self) -> list[tuple[Any, str]]:
+        modalities = media_tokens(self.hf_model.config)
+        return [one for modality in modalities for one in _computing(self.hf_model, modality)]
+
     @contextmanager
-    def _keep(self, place: Any, method: str) -> Iterator[None]:
+    def _keep(self, place: Any, method: str, copies: int) -> Iterator[None]:
         compute, own = getattr(place, method), vars(place).get(method)
-        calls = self._calls.setdefault((id(place), method), [])
+        key = (id(place), method)
+        calls = self._calls.setdefault(key, [])
+
+        def once(given: _Given) -> Any:
+            for known, result in calls:
+                if equal(known, given):
+                    return result
+            result = compute(*given.args, **given.kwargs)
+            calls.append((given, result))
+            return result
 
         @wraps(compute)
         def kept(*args: Any, **kwargs: Any) -> Any:
-            for known, named, result in calls:
-                if equal(known, args) and equal(named, kwargs):
-                    return result
-            result = compute(*args, **kwargs)
-            calls.append((args, kwargs, result))
-            return result
+            given = _Given(args, kwargs)
+            one = given.single(copies)
+            if equal(one, given) or self._grows.get(key, "same") is None:
+                return once(given)
+            result = once(one)
+            if key not in self._grows:
+                two = one.times(2, given)
+                self._grows[key] = growth(result, compute(*two.args, **two.kwargs))
+            grows = self._grows[key]
+            return once(given) if grows is None else grown(result, grows, copies)
 
         setattr(place, method, kept)
         try:
@@ -80,17 +127,3 @@ def _computing(hf_model: Any, modality: str) -> Iterator[tuple[Any, str]]:
     encoder, decoder = plain(hf_model.get_encoder(modality=modality)), decoder_of(hf_model)
     if all(module is not decoder for module in encoder.modules()):
         yield encoder, "forward"
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether arguments are the same, tensors element by element."""
-    if one is other:
-        return True
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
-        return alike and one.device == other.device and torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)

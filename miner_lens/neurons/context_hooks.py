@@ -37,7 +37,7 @@ class ContextHooks:
         for _, handle in self._runs:
             handle.remove()
 
-    def warn_if_idle(self, compiled: bool, stacklevel: int) -> None:
+    def warn_if_idle(self, compiled: Callable[[], bool], stacklevel: int) -> None:
         """Warn where the model may have run as if there were no hooks.
 
         Args:
@@ -61,7 +61,7 @@ class ContextHooks:
                 "functions of its MLPs were not called. Compiled code and fused kernels pass them "
                 "by; run the model uncompiled and unfused, or ml.bake the neurons."
             )
-        elif compiled:
+        elif compiled():
             message = (
                 "Nothing was written inside this ablation: the model did not run, or its compiled "
                 "code passed hooks by, as it does where torch.compiler.set_stance has another "

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from miner_lens.neurons.ablation import Neurons, Times, ablate
+from miner_lens.neurons.ablation import Neurons, ablate
+from miner_lens.neurons.writing import Times, Value
 
 
 @contextmanager
@@ -31,8 +32,17 @@ def scale(model: Any, neurons: Neurons, by: float, at: str | None = None) -> Ite
         with ml.scale(model, domains["code"], by=2.0):
             answer = ml.generate(model, messages)
     """
+    with ablate(model, neurons, scaled(by), at=at):
+        yield
+
+
+def scaled(by: float) -> Value:
+    """What `ablate` is to write in order to multiply.
+
+    Raises:
+        ValueError: `by` is no finite number.
+    """
     if not isinstance(by, int | float) or not math.isfinite(by):
         raise ValueError(f"by must be a finite number, such as 2.0 or 0.5, not {by!r}.")
     # A product with 0 may be minus zero, and of infinity NaN.
-    with ablate(model, neurons, "zero" if by == 0 else Times(by), at=at):
-        yield
+    return "zero" if by == 0 else Times(by)

@@ -25,7 +25,7 @@ from miner_lens.analyzers.importance import ImportanceAnalyzer
 from miner_lens.models import access as models
 from miner_lens.models import sites
 from miner_lens.models.items import Items
-from miner_lens.neurons import ablation
+from miner_lens.neurons import writing
 from miner_lens.running.batch import Batch
 from miner_lens.running.hooks import pass_hooks
 from miner_lens.scoring import kernels
@@ -228,19 +228,19 @@ def test_no_ablated_layer_waits_for_a_device(site: str, value: Any, complement: 
     mask[:, ::7] = True
     means = torch.randn(mask.shape)
     neurons = ml.NeuronSet.from_mask(mask, means=means, site=site)
-    write = ablation._Write(neurons, value, at or None, complement)
-    tokens = ablation._tokens(model, write)
+    write = writing.Write(neurons, value, at or None, complement)
+    tokens = writing.tokens_of(model, write)
     targets = write.targets(mlps, model.original_model)
     name = place.activation_point(0)
     x = record(model, batch, [name])[0][1]
     prompt, there = [batch.inputs["input_ids"], batch.real], None
-    if isinstance(tokens, ablation._TowerRows):
+    if isinstance(tokens, writing.TowerRows):
         given = {"grid_thw": batch.inputs["image_grid_thw"]} if site == "vision" else {}
         tokens._hf_model, tokens._arguments = model.original_model, given or {"features": x}
         tokens.lowest(x)
         there = tokens._there
     with pretending() as (mode, copies):
-        if isinstance(tokens, ablation._TowerRows):
+        if isinstance(tokens, writing.TowerRows):
             tokens._there = on_gpu(there, mode)
         else:
             tokens.ids, tokens.real = on_gpu(prompt, mode)

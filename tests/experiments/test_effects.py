@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import miner_lens as ml
 from miner_lens.experiments import necessity as curves
 from miner_lens.experiments.plan import INTACT, Plan
-from miner_lens.experiments.resampling import ratio_interval
+from miner_lens.experiments.resampling import contrast, contrast_interval
 from miner_lens.experiments.selection_grid import mixes
 
 NAMES = ("text", "image")
@@ -177,20 +177,54 @@ def test_specificity(scores: ml.ImportanceScores, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("own", "other", "index"),
-    [([2.0, 4.0], [0.0, 0.0], 1.0), ([1.0, 1.0], [3.0, 3.0], -0.5), ([0.0, 0.0], [0.0, 0.0], 0.0)],
+    [
+        ([2.0, 4.0], [0.0, 0.0], 1.0),
+        ([1.0, 1.0], [3.0, 3.0], -0.5),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([3.0, 3.0], [-1.0, -1.0], 1.0),
+        ([-0.5, -0.5], [2.0, 2.0], -1.0),
+        ([-2.0, -2.0], [-1.0, -1.0], 0.0),
+    ],
 )
 def test_index_by_the_definition(own: list[float], other: list[float], index: float) -> None:
     here, there = np.array(own), np.array(other)
-    assert ratio_interval(here - there, here + there) == (index, index)
+    assert contrast(here, there) == index
+    assert contrast_interval(here, there) == (index, index)
 
 
-def test_ratio_interval_covers_the_truth() -> None:
+COSTS = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=12)
+
+
+@given(own=COSTS, other=COSTS)
+def test_index_stays_between_its_ends(own: list[float], other: list[float]) -> None:
+    """Whatever the signs; the other way round it is the other sign; where both lose, the ratio."""
+    here, there = np.array(own), np.array(other)
+    found = float(contrast(here, there))
+    assert -1 <= found <= 1
+    assert found == -float(contrast(there, here))
+    one, two = here.mean(), there.mean()
+    if one > 0 and two > 0:
+        assert found == pytest.approx((one - two) / (one + two))
+    elif one > 0 or two > 0:
+        assert found == (1 if one > 0 else -1)
+    else:
+        assert found == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(costs=st.lists(st.tuples(*[st.floats(-10, 10)] * 2), min_size=3, max_size=12))
+def test_interval_of_the_index_stays_between_its_ends(costs: list[tuple[float, float]]) -> None:
+    low, high = contrast_interval(*np.array(costs).T, resamples=50)
+    assert -1 <= low <= high <= 1
+
+
+def test_interval_of_the_index_covers_the_truth() -> None:
     """95 % of intervals, give or take what 200 of them may miss by chance."""
     draw = np.random.default_rng(1)
     hits = 0
     for _ in range(200):
         own, other = draw.gamma(2, 1.5, 40), draw.gamma(2, 0.5, 40)  # means 3 and 1
-        low, high = ratio_interval(own - other, own + other, resamples=400)
+        low, high = contrast_interval(own, other, resamples=400)
         hits += low <= 0.5 <= high
     assert 0.88 <= hits / 200 <= 0.99
 

@@ -140,12 +140,51 @@ def test_stability_is_that_of_the_selections() -> None:
     pd.testing.assert_frame_equal(again.frame, found.frame)
 
 
+def test_stability_across_data_sets() -> None:
+    """Halves of one and of another, against the definition; and modalities that both have."""
+    one = parts(4, noise=0.5)
+    flipped = [ml.ImportanceScores(s.values.flip(-1), s.modalities, samples=5) for s in one[:2]]
+    found = ml.experiments.stability({"a": one, "b": flipped}, ratio=0.2, repeats=3, seed=1)
+    draw = np.random.default_rng(1)
+    between = found.frame[found.frame["kind"] == "data sets"]
+    for _, again in between.groupby("repeat"):
+        halves = []
+        for some in (one, flipped):
+            order = draw.permutation(len(some))
+            half = [some[i] for i in order[: len(some) // 2]]
+            halves.append(sum(half[1:], half[0]).select(0.2))
+        rows = again.set_index("modality")
+        assert set(rows["data"] + rows["other"]) == {"ab"}
+        assert set(rows["samples"]) == {5}
+        for name in ("text", "image"):
+            left, right = (half[name] for half in halves)
+            assert rows.loc[name, "jaccard"] == len(left & right) / len(left | right)
+    within = found.frame.query("kind == 'halves' and data == 'a'")
+    alone = ml.experiments.stability(one, ratio=0.2, repeats=3).frame.query("kind == 'halves'")
+    assert within["chance"].tolist() == alone["chance"].tolist()
+    table = found.matrix("text")
+    mean = between[between["modality"] == "text"]["jaccard"].mean()
+    assert table.loc["a", "b"] == table.loc["b", "a"] == pytest.approx(mean)
+    assert table.loc["a", "a"] > table.loc["a", "b"]
+    assert "text in a and b" in found.summary
+    assert len(found.figure().axes) == 2
+    with pytest.raises(KeyError, match="selected for 'smell'; there are text, image"):
+        found.matrix("smell")
+    other = [ml.ImportanceScores(s.values[:, :1], ("text",), samples=5) for s in one]
+    narrow = ml.experiments.stability({"a": one, "b": other}, ratio=0.2, repeats=1)
+    assert set(narrow.frame.query("kind == 'data sets'")["modality"]) == {"text"}
+    sound = [ml.ImportanceScores(s.values[:, :1], ("audio",), samples=5) for s in one]
+    with pytest.raises(ValueError, match="have no modality in common"):
+        ml.experiments.stability({"a": one, "b": sound}, ratio=0.2, repeats=1)
+
+
 def test_results_read_themselves(tmp_path: Path) -> None:
     chosen = sets(4, (0.5, 0.5))
     results = [
         ml.experiments.overlap(chosen),
         ml.experiments.layer_distribution(chosen),
         ml.experiments.stability(parts(4, noise=1), ratio=0.2, repeats=2),
+        ml.experiments.stability({"a": parts(2, 1), "b": parts(2, 1)}, ratio=0.2, repeats=2),
     ]
     for found in results:
         found.save(tmp_path / "found")
@@ -163,6 +202,10 @@ def test_errors() -> None:
         ml.experiments.overlap({})
     with pytest.raises(ValueError, match="at least two parts of the data; got 1"):
         ml.experiments.stability(parts(1, 0))
+    with pytest.raises(ValueError, match="two parts of the data set 'b'; got 1"):
+        ml.experiments.stability({"a": parts(2, 0), "b": parts(1, 0)})
+    with pytest.raises(ValueError, match="mapping is empty"):
+        ml.experiments.stability({})
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         ml.experiments.stability(parts(2, 0), repeats=0)
     with pytest.raises(ValueError, match="asks no samples"):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import miner_lens as ml
-from miner_lens.models.features import Features, equal
+from miner_lens.models.copies import equal
+from miner_lens.models.features import Features
 from miner_lens.models.sites import Tower, sites
 from tests.families import Inputs
 from tests.parts import FAMILIES
@@ -52,9 +53,19 @@ def test_towers_run_once_and_change_nothing(name: str) -> None:
     assert torch.equal(second, ablated)
     assert not torch.equal(ablated, plain)
     assert calls == once
+    # Several copies of the samples: after the first time, which shows what two copies give.
+    many = {key: torch.cat([value] * 3) for key, value in inputs.items()}
+    apart = logits(bridge, many)
+    calls.clear()
+    for seen in (2 * len(once), 0):
+        with features.kept(3):
+            together = logits(bridge, many)
+        torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+        assert len(calls) <= seen
+        calls.clear()
     # Nothing is left behind, and other media are looked at anew.
     logits(bridge, inputs)
-    assert len(calls) > len(once) or not once
+    assert calls == once
     media = [
         key for key, value in inputs.items() if value.is_floating_point() and "mask" not in key
     ]
