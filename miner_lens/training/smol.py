@@ -85,7 +85,7 @@ def answer_loss(model: Any, packed: Packed, embeds: Tensor) -> tuple[Tensor, Ten
     """Cross-entropy of the answers, and of each scored token whether it is the likeliest.
 
     Args:
-        model: A Qwen2-VL or Qwen2-Audio.
+        model: A Qwen2-VL, a Qwen2-Audio or a Qwen2.5-Omni.
         packed: The questions.
         embeds: Their embeddings, media included, [row, pos, hidden].
     """
@@ -123,6 +123,14 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         for name, a in state.items()
         if name.endswith(ending)
     }
+
+
+def set_factors(model: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give a decoder that has factors those that another has learnt."""
+    state = dict(model.model.language_model.named_parameters())
+    for name, pair in factors.items():
+        for letter, factor in zip("AB", pair, strict=True):
+            state[f"{name}.lora_{letter}.default.weight"].data.copy_(factor)
 
 
 @contextmanager
