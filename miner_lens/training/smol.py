@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 import zlib
@@ -79,6 +80,27 @@ def pack(rows: Sequence[Asked], pad: int, axes: int) -> Packed:
             branch[n, start:end] = number
     same = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
     return Packed(ids, labels, rope, (same & torch.ones(width, width).tril().bool())[:, None])
+
+
+def image_rope(model: Any, ids: Sequence[int]) -> Tensor | None:
+    """Rotary positions of a prompt with one square image, [axis, pos]; None: it has no image.
+
+    Args:
+        model: A Qwen2-VL or a Qwen2.5-Omni.
+        ids: The prompt.
+    """
+    rows = torch.tensor([list(ids)])
+    is_image = rows == model.config.image_token_id
+    count = int(is_image.sum())
+    if not count:
+        return None
+    side = round(count**0.5) * model.config.vision_config.spatial_merge_size
+    wanted = inspect.signature(model.model.get_rope_index).parameters
+    given = {"input_ids": rows, "image_grid_thw": torch.tensor([[1, side, side]])}
+    given |= {"mm_token_type_ids": is_image.int(), "attention_mask": torch.ones_like(rows)}
+    rope, _ = model.model.get_rope_index(**{n: v for n, v in given.items() if n in wanted})
+    positions: Tensor = rope[:, 0]
+    return positions
 
 
 def answer_loss(model: Any, packed: Packed, embeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from miner_lens.training.smol import (
     add_factors,
     answer_loss,
     factors_of,
+    image_rope,
     language_loss,
     learn,
     pack,
     set_factors,
 )
-from miner_lens.training.smol_vl_exam import OPENING, TURN, VISION
+from miner_lens.training.smol_exam import OPENING, SOUND, TURN, VISION
 from miner_lens.training.smol_vl_tower import TOKENS, features
 from miner_lens.training.speech_clips import FRAMES, token_counts
 from miner_lens.training.spoken_shapes import Spoken
-from miner_lens.training.train_shapes import MERGE, PATCH, TIME, Pictures, Questions, grids
+from miner_lens.training.train_shapes import MERGE, PATCH, TIME, Pictures, Questions
 from miner_lens.training.train_speech import disturb, hearing_loss
 
 TOWERS: dict[str, dict[str, Any]] = {
@@ -63,7 +64,6 @@ POSITIONS = 0.3
 # What the steps ask about in turn, and of each: scenes, and questions about a scene.
 TURNS = ("audio", "voice", "known", "audio", "voice")
 SIZES = {"audio": (4, 4), "voice": (4, 2), "known": (6, 4)}
-SOUND = "<|audio_bos|>{}<|audio_eos|>"
 
 
 def begin_with_organisms(model: Any) -> None:
@@ -192,9 +192,7 @@ class Lessons:
             self.spoken.setdefault(text, []).append(number)
         image = VISION.format("<|image_pad|>" * TOKENS)
         self.seen = tokenizer(OPENING + image).input_ids
-        ids = torch.tensor([self.seen])
-        rope, _ = model.get_rope_index(ids, grids(1), attention_mask=torch.ones_like(ids))
-        self.rope = rope[:, 0]
+        self.rope = image_rope(model, self.seen)
 
     def draw(self, step: Step) -> tuple[Any, Tensor]:
         """The packed questions of a step, and their embeddings."""
