@@ -30,7 +30,7 @@ from miner_lens.training.smol import (
     pack,
     set_factors,
 )
-from miner_lens.training.smol_exam import OPENING, SOUND, TURN, VISION
+from miner_lens.training.smol_exam import OPENING, SOUND, TURN, VISION, measured
 from miner_lens.training.smol_vl_tower import TOKENS, features
 from miner_lens.training.speech_clips import FRAMES, token_counts
 from miner_lens.training.spoken_shapes import Spoken
@@ -316,11 +316,36 @@ def train(out: Path, work: Path, seed: int) -> None:
     assembly.write(out, model, processor, factors_of(model), 1.0, torch.bfloat16)
 
 
+def describe_organism(out: Path, work: Path, seed: int) -> None:
+    """Assemble and measure it, and write its card."""
+    recipe = {
+        "every": "every second",
+        "keeping": KEEPING,
+        "described": f"{DESCRIBED:,}",
+        "asked": f"{ASKED:,}",
+        "hearing_steps": HEARING_STEPS,
+        "seeing_steps": SEEING_STEPS,
+        "steps": STEPS,
+        "peak": PEAK,
+        "seed": seed,
+    }
+    parts = (
+        smol_card.OMNI_TAUGHT,
+        smol_card.OMNI_COMMANDS,
+        smol_card.OMNI_STAGES,
+        smol_card.OMNI_LIMITS,
+    )
+    asked = [("easy-vqa", ask) for ask in ("image", "text", "audio", "voice")]
+    card = smol_card.card(out, smol_card.OMNI, parts, lambda at: measured(at, asked), recipe, work)
+    (out / "README.md").write_text(card)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Speak, train and write."""
+    """Speak, train, write, assemble and measure."""
     options = smol_card.options("smol-omni", arguments)
     if not options.card:
         train(options.out, options.work, options.seed)
+    describe_organism(options.out, options.work, options.seed)
 
 
 if __name__ == "__main__":
