@@ -57,27 +57,40 @@ class Spoken(NamedTuple):
     texts: list[str]
 
 
-# Number, clips, split, whether they are questions, seed, and each word's parts.
-Task = tuple[int, int, str, bool, int, dict[str, list[int]]]
+class Shard(NamedTuple):
+    """Clips that one process speaks."""
+
+    number: int
+    clips: int
+    split: str
+    asks: bool  # questions rather than descriptions
+    seed: int
+    known: dict[str, list[int]]
+    file: Path
 
 
-def record_shard(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """What Spoken holds, as arrays: so many descriptions or questions in a split's voices."""
-    number, clips, split, asks, seed, known = task
+def record_shard(shard: Shard) -> None:
+    """Speak so many descriptions or questions in a split's voices, and write the file."""
     torch.set_num_threads(1)
-    rng = random.Random(f"easy-vqa {seed} {split} {asks} {number}")
-    extractor = make_extractor()
-    variants = ("", *speak.VARIANTS[split]) if split == "train" else speak.VARIANTS[split]
-    choice = questions() if asks else descriptions()
+    name = f"easy-vqa {shard.seed} {shard.split} {shard.asks} {shard.number}"
+    rng, extractor = random.Random(name), make_extractor()
+    train = shard.split == "train"
+    variants = (*([""] if train else []), *speak.VARIANTS[shard.split])
+    choice = questions() if shard.asks else descriptions()
     made, texts = [], []
-    for _ in range(clips):
+    for _ in range(shard.clips):
         texts.append(rng.choice(choice))
-        warp = rng.uniform(0.9, 1.1) if split == "train" else 1.0
+        warp = rng.uniform(0.9, 1.1) if train else 1.0
         manner = speak.draw_manner(variants, rng)
         recording = speak.record(texts[-1], manner, rng.getrandbits(32), warp)
-        made.append(heard(recording, extractor, known))
+        made.append(heard(recording, extractor, shard.known))
     mels, frames, parts = zip(*made, strict=True)
-    return np.stack(mels), np.array(frames), np.stack(parts), texts
+    arrays = {
+        "mels": torch.from_numpy(np.stack(mels)),
+        "frames": torch.tensor(frames),
+        "parts": torch.from_numpy(np.stack(parts)),
+    }
+    files.write(shard.file, KIND, arrays, {"texts": texts})
 
 
 def recorded(
@@ -88,7 +101,10 @@ def recorded(
     known: dict[str, list[int]],
     folder: Path,
 ) -> Spoken:
-    """So many clips of either kind in a split's voices, kept in a file of the folder.
+    """So many clips of either kind in a split's voices, kept in files of the folder.
+
+    A fresh process for each shard, so that nothing that espeak-ng remembers makes the result
+    depend on how many work at once. Shards that are there already are not spoken again.
 
     Args:
         split: Whose voices: a key of `speak.VARIANTS`.
@@ -96,32 +112,23 @@ def recorded(
         asked: How many questions.
         seed: Of all that is drawn.
         known: Numbers of each word's parts, as `speech_clips.heard` takes them.
-        folder: Where the file is kept.
-
-    Raises:
-        ValueError: The file there is of another recipe.
+        folder: Where the files are kept.
     """
-    file = folder / f"spoken-{split}.safetensors"
-    recipe = {"described": described, "asked": asked, "seed": seed}
-    if not file.exists():
-        tasks = [
-            (first, min(SHARD, total - first), split, asks, seed, known)
-            for asks, total in ((False, described), (True, asked))
-            for first in range(0, total, SHARD)
-        ]
+    shards = []
+    for asks, total in ((False, described), (True, asked)):
+        for first in range(0, total, SHARD):
+            clips = min(SHARD, total - first)
+            what = f"{'asked' if asks else 'described'}-{first}-{clips}"
+            file = folder / f"spoken-{split}-{seed}-{what}.safetensors"
+            shards.append(Shard(first, clips, split, asks, seed, known, file))
+    missing = [shard for shard in shards if not shard.file.exists()]
+    if missing:
         with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
-            shards = pool.map(record_shard, tasks, chunksize=1)
-        mels, frames, parts, texts = zip(*shards, strict=True)
-        arrays = {
-            "mels": torch.from_numpy(np.concatenate(mels)),
-            "frames": torch.from_numpy(np.concatenate(frames)),
-            "parts": torch.from_numpy(np.concatenate(parts)),
-        }
-        files.write(file, KIND, arrays, {**recipe, "texts": list(itertools.chain(*texts))})
-    arrays, kept = files.read(file, KIND)
-    if any(kept[name] != value for name, value in recipe.items()):
-        raise ValueError(f"{file} holds other clips than {recipe}. Remove it.")
-    return Spoken(arrays["mels"], arrays["frames"], arrays["parts"], kept["texts"])
+            pool.map(record_shard, missing, chunksize=1)
+    read = [files.read(shard.file, KIND) for shard in shards]
+    whole = {name: torch.cat([arrays[name] for arrays, _ in read]) for name in read[0][0]}
+    texts = itertools.chain(*(kept["texts"] for _, kept in read))
+    return Spoken(whole["mels"], whole["frames"], whole["parts"], list(texts))
 
 
 def write(file: Path, seed: int = 0) -> None:
