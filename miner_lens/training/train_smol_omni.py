@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "audio_config": {**train_smol_audio.TOWER, "n_window": FRAMES // 2},
 }
 DESCRIBED, ASKED = 6_000, 4_000  # clips of either kind
-HEARING_STEPS, SEEING_STEPS, STEPS = 900, 600, 420
+HEARING_STEPS, SEEING_STEPS, STEPS, ASKING_STEPS = 900, 600, 420, 240
 HEARING_PEAK, SEEING_PEAK, PEAK = 7e-4, 1.5e-3, 1e-3
 ENLARGED = train_smol_audio.ENLARGED
 CLIPS = 16  # heard in each step of the audio tower's stage
@@ -61,9 +62,14 @@ SEEN = 48  # pictures in each step of the vision tower's
 KEEPING = 2.0  # weight of the language that is to be kept, in every second step
 # In speech's tower, positions count for so much of what Whisper's and Qwen2.5-Omni's do.
 POSITIONS = 0.3
-# What the steps ask about in turn, and of each: scenes, and questions about a scene.
+# What the steps of a stage ask about in turn, and of each: scenes, and questions about a scene.
 TURNS = ("audio", "voice", "known", "audio", "voice")
 SIZES = {"audio": (4, 4), "voice": (4, 2), "known": (6, 4)}
+ASKING_TURNS = ("voice", "voice", "audio", "voice", "voice", "known")
+ASKING_SIZES = {"audio": (4, 4), "voice": (5, 3), "known": (6, 4)}
+# Between these steps of the last stage, the share of negated questions that are spoken rises from
+# none to a half: a spoken "not" is learnt after what is asked, as a written one was by `smol-vl`.
+RAMP = (70, 150)
 
 
 def begin_with_organisms(model: Any) -> None:
@@ -194,10 +200,10 @@ class Lessons:
         self.seen = tokenizer(OPENING + image).input_ids
         self.rope = image_rope(model, self.seen)
 
-    def draw(self, step: Step) -> tuple[Any, Tensor]:
-        """The packed questions of a step, and their embeddings."""
-        kind = TURNS[step.number % len(TURNS)]
-        scenes, questions = SIZES[kind]
+    def draw(
+        self, kind: str, scenes: int, questions: int, turned: float, step: Step
+    ) -> tuple[Any, Tensor]:
+        """Packed questions, a share of them negated, and their embeddings."""
         told = {"known": ("image", "text")}.get(kind, (kind,))
         kinds = [told[n % len(told)] for n in range(scenes)]
         pictures = self.pictures.draw(scenes, step.generator)
@@ -205,7 +211,7 @@ class Lessons:
         rows, sounds = [], []
         for one, (shape, colour) in zip(kinds, shown, strict=True):
             pair = SHAPES[shape], tuple(COLOURS)[colour]
-            row, heard = self._row(one, pair, questions, step)
+            row, heard = self._row(one, pair, questions, turned, step.rng)
             rows.append(row)
             sounds += heard
         packed = pack(rows, self.tokenizer.pad_token_id, axes=3)
@@ -223,10 +229,15 @@ class Lessons:
         return packed, embeds
 
     def _row(
-        self, kind: str, pair: tuple[str, str], questions: int, step: Step
+        self,
+        kind: str,
+        pair: tuple[str, str],
+        questions: int,
+        turned: float,
+        rng: random.Random,
     ) -> tuple[Asked, list[int]]:
         """Questions about a shape and its colour, and the clips that are heard, in their order."""
-        rng, encode = step.rng, self.tokenizer
+        encode = self.tokenizer
         description = describe(*pair, rng.randrange(len(DESCRIPTIONS)))
         about, heard = encode(OPENING + description).input_ids, list[int]()
         if kind == "audio":
@@ -234,7 +245,7 @@ class Lessons:
             about = encode(OPENING + self._sound(heard[0])).input_ids
         branches = []
         for _ in range(questions):
-            question, answer = self.questions.draw(*pair, 0.5, rng)
+            question, answer = self.questions.draw(*pair, turned, rng)
             if kind == "voice":
                 heard.append(rng.choice(self.spoken[question]))
                 question = self._sound(heard[-1])
@@ -267,18 +278,30 @@ def train_decoder(
         if "lora_" in name:
             parameter.requires_grad_(True)
 
-    def lesson(step: Step) -> tuple[Tensor, dict[str, float]]:
-        loss, right = answer_loss(model, *lessons.draw(step))
-        figures = {"answers": loss.item()}
-        figures[TURNS[step.number % len(TURNS)]] = right.float().mean().item()
+    def lesson(
+        kind: str, size: tuple[int, int], turned: float, step: Step
+    ) -> tuple[Tensor, dict[str, float]]:
+        loss, right = answer_loss(model, *lessons.draw(kind, *size, turned, step))
+        figures = {"answers": loss.item(), kind: right.float().mean().item()}
         if step.number % 2 == 0:
             kept = language_loss(model, texts.draw(1, step.rng))
             loss = loss + KEEPING * kept
             figures["kept"] = kept.item()
         return loss, figures
 
+    def answering(step: Step) -> tuple[Tensor, dict[str, float]]:
+        kind = TURNS[step.number % len(TURNS)]
+        return lesson(kind, SIZES[kind], 0.5, step)
+
+    def asking(step: Step) -> tuple[Tensor, dict[str, float]]:
+        kind = ASKING_TURNS[step.number % len(ASKING_TURNS)]
+        start, end = RAMP
+        risen = min(1.0, max(0.0, (step.number - start) / (end - start)))
+        return lesson(kind, ASKING_SIZES[kind], 0.5 * risen if kind == "voice" else 0.5, step)
+
     model.train()
-    learn("decoder", folder, parameters, lesson, STEPS, PEAK, seed)
+    learn("decoder", folder, parameters, answering, STEPS, PEAK, seed)
+    learn("asking", folder, parameters, asking, ASKING_STEPS, PEAK, seed)
     model.train(False)
     model.requires_grad_(False)
 
@@ -326,6 +349,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         "hearing_steps": HEARING_STEPS,
         "seeing_steps": SEEING_STEPS,
         "steps": STEPS,
+        "asking_steps": ASKING_STEPS,
         "peak": PEAK,
         "seed": seed,
     }
