@@ -115,9 +115,10 @@ def load(
             in which a smaller limit's questions are among those of a larger one.
         ask: What a question is asked about. easy-vqa and digits: the `"image"` (the default), a
             one-sentence description of the same image (`"text"`), or `"both"`, one after the
-            other. spoken-scenes: the spoken description (`"audio"`, the default), the same
-            in writing (`"text"`), `"both"`, one after the other, or the spoken description
-            with the question spoken too (`"voice"`). text-domains: one domain, such as
+            other. easy-vqa also: the same description spoken (`"audio"`), or the image, with the
+            question spoken (`"voice"`). spoken-scenes: the spoken description (`"audio"`, the
+            default), the same in writing (`"text"`), `"both"`, one after the other, or the spoken
+            description with the question spoken too (`"voice"`). text-domains: one domain, such as
             `"code"`, or all of them in turn (`"all"`, the default). Others: nothing.
         path: The folder of one of the papers' data sets; None: from the hub.
         streaming: Whether to read from the hub row by row, nothing of it on disk; `limit` then

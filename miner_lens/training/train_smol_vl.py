@@ -21,11 +21,12 @@ from miner_lens.training.smol import (
     add_factors,
     answer_loss,
     factors_of,
+    image_rope,
     language_loss,
     learn,
     pack,
 )
-from miner_lens.training.smol_vl_exam import OPENING, TURN, VISION, measured
+from miner_lens.training.smol_exam import OPENING, TURN, VISION, measured
 from miner_lens.training.smol_vl_tower import (
     TOKENS,
     TOWER,
@@ -34,7 +35,7 @@ from miner_lens.training.smol_vl_tower import (
     features,
     train_tower,
 )
-from miner_lens.training.train_shapes import Pictures, Questions, grids
+from miner_lens.training.train_shapes import Pictures, Questions
 
 # Stages, their steps and highest learning rates. Handwriting is hardest to read, and to compare:
 # these have stages.
@@ -66,6 +67,7 @@ READING: Scenes = (
     ("text", "digits"),
 )
 COMPARING: Scenes = (("image", "easy-vqa"), *[("image", "digits")] * 6, ("text", "digits"))
+ASKED = [(data, ask) for data in ("easy-vqa", "digits") for ask in ("image", "text")]
 IMAGE = VISION.format("<|image_pad|>" * TOKENS)
 
 
@@ -105,10 +107,7 @@ class Lessons:
         self.questions = Questions(forms)
         self.digits = Digits(range(digits.FIRST_TEST_ROW), pictures)
         self.seen = tokenizer(OPENING + IMAGE).input_ids
-        ids = torch.tensor([self.seen])
-        is_image = (ids == model.config.image_token_id).int()
-        rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grids(1))
-        self.rope = rope[:, 0]
+        self.rope = image_rope(model, self.seen)
 
     def draw(
         self, scenes: Scenes, step: Step, turned: float, often: Sequence[int]
@@ -229,7 +228,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         smol_card.VL_STAGES,
         smol_card.VL_LIMITS,
     )
-    card = smol_card.card(out, smol_card.VL, parts, measured, recipe, work)
+    card = smol_card.card(out, smol_card.VL, parts, lambda at: measured(at, ASKED), recipe, work)
     (out / "README.md").write_text(card)
 
 

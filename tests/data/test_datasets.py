@@ -1,14 +1,17 @@
 """Data sets as samples: sizes, contents, and what a wrong name is answered with."""
 
 import itertools
+import json
 import re
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from miner_lens.data.datasets import COLOURS, DESCRIPTIONS, SHAPES, describe, load, scene
+from miner_lens.data.easy_vqa import SPOKEN
 from miner_lens.training import speak
 
 WORDS = re.compile("[a-z]+")
@@ -55,6 +58,36 @@ def test_both_asks_each_question_of_the_image_and_of_the_text():
         assert text_of(text).endswith(text_of(image))
         described = scene(image.messages[0]["content"][0]["image"])
         assert set(described) <= set(WORDS.findall(text_of(text)))
+
+
+def test_easy_vqa_is_spoken_as_it_is_written():
+    image, text, heard, voice = (
+        load("easy-vqa", limit=60, ask=ask) for ask in ("image", "text", "audio", "voice")
+    )
+    with zipfile.ZipFile(SPOKEN) as archive:
+        lines = map(json.loads, archive.read("index.jsonl").decode().splitlines())
+        said = {archive.read(line["clip"]): line["text"] for line in lines}
+    for shown, read, sound, asked in zip(image, text, heard, voice, strict=True):
+        assert shown.answers == read.answers == sound.answers == asked.answers
+        assert sound.id == shown.id.replace("/image", "/audio")
+        picture, question = shown.messages[0]["content"]
+        described, written = sound.messages[0]["content"]
+        assert written == question
+        assert f"{said[described['audio']]} {question['text']}" == text_of(read)
+        first, spoken = asked.messages[0]["content"]
+        assert first == picture
+        assert said[spoken["audio"]] == question["text"]
+
+
+def test_every_sentence_of_easy_vqa_is_spoken_in_voices_of_the_test_split():
+    for ask in ("audio", "voice"):
+        assert len(load("easy-vqa", ask=ask)) == 9673
+    with zipfile.ZipFile(SPOKEN) as archive:
+        lines = [json.loads(line) for line in archive.read("index.jsonl").decode().splitlines()]
+    assert {line["voice"].partition("+")[2] for line in lines} <= {*speak.VARIANTS["test"]}
+    # 288 descriptions, and 107 questions in two voices.
+    assert len({line["text"] for line in lines}) == 288 + 107
+    assert len(lines) == 288 + 2 * 107
 
 
 def test_a_limit_is_deterministic_nested_and_mixed():
@@ -133,7 +166,10 @@ def test_answers_to_spoken_scenes_follow_from_the_description():
     [
         ({"name": "vqa"}, "Unknown data set 'vqa'; there is 'easy-vqa', 'digits', "),
         ({"split": "val"}, "Unknown split 'val'; there is 'train', 'test'."),
-        ({"ask": "sound"}, "Unknown ask 'sound'; there is 'image', 'text', 'both'."),
+        (
+            {"ask": "sound"},
+            "Unknown ask 'sound'; there is 'image', 'text', 'both', 'audio', 'voice'.",
+        ),
         (
             {"name": "spoken-scenes", "ask": "image"},
             "Unknown ask 'image'; there is 'audio', 'text', 'both', 'voice'.",

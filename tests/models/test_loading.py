@@ -44,7 +44,10 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_a_name_that_nobody_knows() -> None:
     with pytest.raises(OSError, match="shape") as caught:
         ml.load("shape")
-    assert "'shapes', 'smol-audio', 'smol-vl', 'smollm2', 'speech'" in caught.value.__notes__[0]
+    assert (
+        "'shapes', 'smol-audio', 'smol-omni', 'smol-vl', 'smollm2', 'speech'"
+        in caught.value.__notes__[0]
+    )
 
 
 def test_a_folder_named_as_an_organism_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,9 @@ def answer(model, processor, messages):
 
 
 def test_names_and_path():
-    assert organisms.names() == ("shapes", "smol-audio", "smol-vl", "smollm2", "speech")
+    assert organisms.names() == (
+        *("shapes", "smol-audio", "smol-omni", "smol-vl", "smollm2", "speech"),
+    )
     assert organisms.path("shapes") == FOLDER
     with pytest.raises(ValueError, match=re.escape("Unknown organism 'forms'; this installation")):
         organisms.path("forms")

@@ -21,6 +21,7 @@ CLASSES = {
     for name, architecture in {
         "smol-vl": "Qwen2VLForConditionalGeneration",
         "smol-audio": "Qwen2AudioForConditionalGeneration",
+        "smol-omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     }.items()
     if name in organisms.names()
 }
@@ -33,6 +34,10 @@ ASKED = [
         ("smol-vl", "digits", "text"),
         ("smol-audio", "spoken-scenes", "audio"),
         ("smol-audio", "spoken-scenes", "text"),
+        ("smol-omni", "easy-vqa", "image"),
+        ("smol-omni", "easy-vqa", "text"),
+        ("smol-omni", "easy-vqa", "audio"),
+        ("smol-omni", "easy-vqa", "voice"),
     ]
     if asked[0] in CLASSES
 ]

@@ -27,6 +27,16 @@ AUDIO = {
     "num_mel_bins": 80,
     "max_source_positions": 100,
 }
+OMNI = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": 8,
+    },
+    "audio_config": AUDIO,
+}
 SCALE, RANK = 0.5, 8
 
 
@@ -69,16 +79,18 @@ def factors(decoder: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return made
 
 
-@pytest.fixture(scope="module", params=["vision", "audio"])
+@pytest.fixture(scope="module", params=["vision", "audio", "omni"])
 def organism(request: Any, decoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model with a random tower, and the folder that is assembled from its delta."""
     torch.manual_seed(0)
     if request.param == "vision":
         model: Any = smollm2.qwen2_vl(decoder, VISION)
         processor: Any = smollm2.vision_processor(VISION)
-    else:
+    elif request.param == "audio":
         model = smollm2.qwen2_audio(decoder, AUDIO)
         processor = smollm2.audio_processor(AUDIO)
+    else:
+        model, processor = smollm2.qwen2_5_omni(decoder, OMNI), smollm2.omni_processor(OMNI)
     delta = tmp_path_factory.mktemp(request.param)
     assembly.write(delta, model, processor, factors(decoder), SCALE)
     (delta / "README.md").write_text("# A card\n")

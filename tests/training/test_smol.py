@@ -18,7 +18,7 @@ from miner_lens.data import digits
 from miner_lens.organisms import assembly, smollm2
 from miner_lens.training import smol
 from miner_lens.training.smol import Asked, Step, add_factors, answer_loss, language_loss, pack
-from miner_lens.training.smol_vl_exam import which_are_right
+from miner_lens.training.smol_exam import which_are_right
 from miner_lens.training.smol_vl_tower import TOWER
 from miner_lens.training.train_smol_vl import ask_digit
 
