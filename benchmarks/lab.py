@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,12 @@ from miner_lens.experiments.table import Trials
 
 BATCH = 16
 RATIO = 0.02
+# How many questions through each modality are tried in parts with many conditions.
+FEWER = {
+    **dict.fromkeys(("compared", "grid", "needed", "tuned", "flow"), 16),
+    **dict.fromkeys(("values", "transfer", "domains"), 24),
+    **dict.fromkeys(("texts", "voices"), 12),
+}
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,30 @@ class Subject:
         inputs: In which modalities each question is asked, the medium first.
         sets: Data sets that it was trained on, and what is asked about.
         without: Parts of the page that it has no data for.
+        fewer: How many questions are tried in parts that would take long.
     """
 
     data: str
     inputs: tuple[str, ...]
     sets: tuple[tuple[str, str], ...] = ()
     without: tuple[str, ...] = ()
+    fewer: Mapping[str, int] = field(default_factory=dict)
 
 
 SUBJECTS = {
     "smol-vl": Subject(
         "easy-vqa", ("image", "text"), (("easy-vqa", "image"), ("digits", "image")), ("voices",)
     ),
-    "smol-audio": Subject("spoken-scenes", ("audio", "text"), without=("domains", "transfer")),
+    "smol-audio": Subject(
+        "spoken-scenes",
+        ("audio", "text"),
+        without=("domains", "transfer"),
+        fewer={
+            **dict.fromkeys(("specific", "values"), 12),
+            **dict.fromkeys(("ratios", "compared", "grid", "needed", "lens", "tuned", "flow"), 8),
+            **dict.fromkeys(("voices", "texts"), 8),
+        },
+    ),
     "shapes": Subject("easy-vqa", ("image", "text"), without=("domains", "transfer", "voices")),
 }
 
@@ -90,9 +107,13 @@ class Lab:
 
         return self._mean("contribution", scored)
 
-    def few(self, count: int = 16) -> dict[str, Any]:
-        """The first of the questions that are tried."""
-        return {ask: some[:count] for ask, some in self.tried.items()}
+    def questions(self, part: str) -> int:
+        """How many questions through each modality (or of each domain) a part tries."""
+        return min(self.tried_count, {**FEWER, **self.subject.fewer}.get(part, self.tried_count))
+
+    def asked(self, part: str) -> dict[str, Any]:
+        """By input modality, the questions that a part tries."""
+        return {ask: some[: self.questions(part)] for ask, some in self.tried.items()}
 
     def options(self, part: str) -> Options:
         """How trials are made; those that are done are kept, so that they can be read again."""

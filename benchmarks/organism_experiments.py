@@ -14,7 +14,7 @@ from miner_lens.experiments.specificity import specificity_plan
 def controls(lab: Lab) -> str:
     """All MSNs and each modality's, beside their controls."""
     found = ml.experiments.ablation_table(
-        lab.model, lab.tried, lab.scores, RATIO, **lab.options("controls")
+        lab.model, lab.asked("controls"), lab.scores, RATIO, **lab.options("controls")
     )
     return f"{found.summary}\n\n{costs(found.frame, ['off', 'kind', 'neurons'])}"
 
@@ -22,7 +22,7 @@ def controls(lab: Lab) -> str:
 def ratios(lab: Lab) -> str:
     """What is lost by how many neurons."""
     found = ml.experiments.ratio_sweep(
-        lab.model, lab.tried, lab.scores, seeds=[0], **lab.options("ratios")
+        lab.model, lab.asked("ratios"), lab.scores, seeds=[0], **lab.options("ratios")
     )
     shown = found.frame[found.frame["off"].isin(["all", "random"])]
     drawn = lab.picture(found.figure(), "ratios")
@@ -35,14 +35,14 @@ def specific(lab: Lab) -> str:
         f"MINER, {name}": (lab.scores, name)
         for name in ("LA_MU", "adaptive", "contrastive", "lape")
     }
-    for called, scores in (("attribution", lab.attribution), ("contribution", lab.contribution)):
-        for strategy in ("LA_MU", "contrastive"):
-            selections[f"{called}, {strategy}"] = (scores, strategy)
+    selections["attribution, LA_MU"] = (lab.attribution, "LA_MU")
+    selections["attribution, contrastive"] = (lab.attribution, "contrastive")
+    selections["contribution, LA_MU"] = (lab.contribution, "LA_MU")
     plans = {
         called: specificity_plan(scores, RATIO, strategy, seeds=[0])
         for called, (scores, strategy) in selections.items()
     }
-    table, plans = lab.together("specific", plans, lab.tried)
+    table, plans = lab.together("specific", plans, lab.asked("specific"))
     indices, matrices = [], []
     for called, plan in plans.items():
         found = ml.experiments.read_specificity(table, plan)
@@ -63,7 +63,12 @@ def specific(lab: Lab) -> str:
 def compared(lab: Lab) -> str:
     """MINER's metrics, each by itself, held against attribution."""
     found = ml.experiments.metric_comparison(
-        lab.model, lab.few(24), lab.scores, lab.attribution, RATIO, **lab.options("compared")
+        lab.model,
+        lab.asked("compared"),
+        lab.scores,
+        lab.attribution,
+        RATIO,
+        **lab.options("compared"),
     )
     drawn = lab.picture(found.figure(), "compared")
     index = spans(found.specificity, "index", "index", 2)
@@ -79,7 +84,7 @@ def compared(lab: Lab) -> str:
 def grid(lab: Lab) -> str:
     """Metrics and strategies."""
     found = ml.experiments.selection_grid(
-        lab.model, lab.few(), lab.scores, RATIO, **lab.options("grid")
+        lab.model, lab.asked("grid"), lab.scores, RATIO, **lab.options("grid")
     )
     return f"{found.summary}\n\n{lab.picture(found.figure(), 'grid')}"
 
@@ -87,7 +92,7 @@ def grid(lab: Lab) -> str:
 def values(lab: Lab) -> str:
     """What is written in place of the activation."""
     found = ml.experiments.ablation_values(
-        lab.model, lab.few(24), lab.scores, ratio=RATIO, seeds=[0], **lab.options("values")
+        lab.model, lab.asked("values"), lab.scores, ratio=RATIO, seeds=[0], **lab.options("values")
     )
     return f"{found.summary}\n\n{costs(found.frame, ['written', 'off', 'neurons'])}"
 
@@ -95,7 +100,12 @@ def values(lab: Lab) -> str:
 def needed(lab: Lab) -> str:
     """Deletion and insertion curves."""
     found = ml.experiments.necessity(
-        lab.model, lab.few(), lab.scores, lab.subject.inputs, seeds=[0], **lab.options("needed")
+        lab.model,
+        lab.asked("needed"),
+        lab.scores,
+        lab.subject.inputs,
+        seeds=[0],
+        **lab.options("needed"),
     )
     return f"{found.summary}\n\n{lab.picture(found.figure(), 'necessity')}"
 
@@ -103,8 +113,8 @@ def needed(lab: Lab) -> str:
 def transferred(lab: Lab) -> str:
     """Mined on one data set, off on another."""
     (own, *others) = lab.subject.sets
-    mined, tried = lab.mined_count, 24
-    data = {own[0]: lab.tried[own[1]][:tried]}
+    mined, tried = lab.mined_count, lab.questions("transfer")
+    data = {own[0]: lab.asked("transfer")[own[1]]}
     scores = {own[0]: ml.mine(lab.model, lab.mined[own[1]], batch_size=BATCH)}
     for name, ask in others:
         some = ml.datasets.load(name, limit=mined + tried, ask=ask)

@@ -20,7 +20,7 @@ ACCENTS = {"scottish": "en-gb-scotland", "american": "en-us", "caribbean": "en-0
 def lens(lab: Lab) -> str:
     """Entropy by layer and modality, and where it changes course."""
     lines = []
-    for ask, some in lab.tried.items():
+    for ask, some in lab.asked("lens").items():
         seen = ml.run(lab.model, some, ml.LogitLensAnalyzer(), batch_size=8)
         curves = seen.curves()
         drawn = ml.plots.curves(curves, "entropy")
@@ -38,7 +38,7 @@ def lens(lab: Lab) -> str:
 def tuned(lab: Lab) -> str:
     """How far the plain and a tuned lens are from the last layer."""
     first = [sample for some in lab.mined.values() for sample in some]
-    last = [sample for some in lab.few().values() for sample in some]
+    last = [sample for some in lab.asked("tuned").values() for sample in some]
     fitted = ml.run(lab.model, first, ml.TunedLensAnalyzer(), batch_size=8)
     found = ml.run(lab.model, last, ml.LensDivergenceAnalyzer(fitted), batch_size=8)
     curves = found.curves()
@@ -54,7 +54,12 @@ def tuned(lab: Lab) -> str:
 def convergence(lab: Lab) -> str:
     """CKA, distance, separability and dimension by layer, beside their nulls."""
     medium = lab.subject.inputs[0]
-    states = ml.run(lab.model, lab.tried[medium], ml.ConvergenceAnalyzer(samples=64), batch_size=8)
+    states = ml.run(
+        lab.model,
+        lab.asked("convergence")[medium],
+        ml.ConvergenceAnalyzer(samples=64),
+        batch_size=8,
+    )
     curves = states.curves(shuffles=20)
     pair = (curves["modality"] + " " + curves["other"]).str.strip()
     curves = curves.assign(pair=pair)
@@ -69,7 +74,7 @@ def convergence(lab: Lab) -> str:
 def reach(lab: Lab) -> str:
     """Semantic probing and telomeres, beside tokens shuffled between the two."""
     medium = lab.subject.inputs[0]
-    found = ml.run(lab.model, lab.tried[medium], ml.SemanticReachAnalyzer(), batch_size=8)
+    found = ml.run(lab.model, lab.asked("reach")[medium], ml.SemanticReachAnalyzer(), batch_size=8)
     curves = found.curves()
     shown = spans(curves[curves["layer"].isin(SHOWN)], "mean", "is")
     shown = shown.assign(shuffled=nulls(shown))[
@@ -88,7 +93,7 @@ def reach(lab: Lab) -> str:
 def flow(lab: Lab) -> str:
     """Attention of the last token cut off from a modality, with and without MSNs."""
     medium = lab.subject.inputs[0]
-    few = lab.tried[medium][:16]
+    few = lab.asked("flow")[medium]
     off = lab.scores.select(RATIO)[medium]
     intact = ml.information_flow(lab.model, few, [medium, "text"], 6, BATCH)
     with ml.ablate(lab.model, off):
@@ -140,7 +145,7 @@ def patching(lab: Lab) -> str:
         "random, as all": ml.NeuronSet.random(len(everything), everything, seed=0),
     }
     neurons = ml.activation_patching(lab.model, pairs, sets)
-    layers = ml.activation_patching(lab.model, pairs[:8])
+    layers = ml.activation_patching(lab.model, pairs[:4])
     curves = layers.curves()
     at = curves.rename(columns={"modality": "tokens"})
     drawn = lab.picture(
@@ -152,7 +157,7 @@ def patching(lab: Lab) -> str:
     own = own.rename(columns={"modality": "neurons"})[["neurons", "restored"]]
     return (
         f"X of neurons put in, by set:\n\n{markdown(own)}\n\nThe residual stream after a layer "
-        f"put in, at the tokens of a modality (8 of the pairs):\n\n{drawn}\n\n"
+        f"put in, at the tokens of a modality (4 of the pairs):\n\n{drawn}\n\n"
         f"{wide.reset_index().to_markdown(index=False)}"
     )
 
@@ -184,7 +189,9 @@ def domains(lab: Lab) -> str:
         for data, ask in lab.subject.sets
     }
     first = {name: some[: lab.mined_count] for name, some in every.items()}
-    last = {name: some[lab.mined_count :][:24] for name, some in every.items()}
+    last = {
+        name: some[lab.mined_count :][: lab.questions("domains")] for name, some in every.items()
+    }
     return domain_neurons(
         lab, first, last, ["llm", lab.subject.inputs[0].replace("image", "vision")]
     )
@@ -193,7 +200,7 @@ def domains(lab: Lab) -> str:
 def texts(lab: Lab) -> str:
     """Kinds of text as domains."""
     first = by_label(ml.datasets.load("text-domains", split="train", limit=120))
-    last = by_label(ml.datasets.load("text-domains", limit=48))
+    last = by_label(ml.datasets.load("text-domains", limit=4 * lab.questions("texts")))
     return domain_neurons(lab, first, last, ["llm"])
 
 
@@ -205,7 +212,7 @@ def voices(lab: Lab) -> str:
         for accent, prefix in ACCENTS.items()
     }
     first = {accent: some[:36] for accent, some in groups.items()}
-    last = {accent: some[36:52] for accent, some in groups.items()}
+    last = {accent: some[36 : 36 + lab.questions("voices")] for accent, some in groups.items()}
     return domain_neurons(lab, first, last, ["llm", "audio"])
 
 

@@ -19,11 +19,11 @@ PARTS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
     "controls": ("MSNs beside their controls, 2 %", experiments.controls),
     "ratios": ("How many neurons", experiments.ratios),
     "specific": ("Are they specific?", experiments.specific),
-    "compared": ("MINER's metrics against attribution (24 questions)", experiments.compared),
-    "grid": ("Metrics and strategies (16 questions)", experiments.grid),
-    "values": ("What is written in their place (24 questions)", experiments.values),
-    "needed": ("Necessary, and sufficient? (16 questions)", experiments.needed),
-    "transfer": ("Mined on one data set, off on another (24 questions)", experiments.transferred),
+    "compared": ("MINER's metrics against attribution", experiments.compared),
+    "grid": ("Metrics and strategies", experiments.grid),
+    "values": ("What is written in their place", experiments.values),
+    "needed": ("Necessary, and sufficient?", experiments.needed),
+    "transfer": ("Mined on one data set, off on another", experiments.transferred),
     "selected": ("Shared, where, and stable?", experiments.selected),
     "attention": ("Do the attention metrics add anything?", experiments.attention),
     "kinds": ("What drives them", insides.kinds),
@@ -34,7 +34,7 @@ PARTS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
     "tuned": ("Tuned lens", insides.tuned),
     "convergence": ("Do modalities converge?", insides.convergence),
     "reach": ("Semantic probing and telomeres (definitions: ours)", insides.reach),
-    "flow": ("Information flow to the last token (16 questions)", insides.flow),
+    "flow": ("Information flow to the last token", insides.flow),
     "patching": ("Patching (16 pairs)", insides.patching),
 }
 
@@ -69,7 +69,9 @@ def main() -> None:
     ]
     for part, (title, _) in PARTS.items():
         if (file := folder / f"{part}.md").exists():
-            page.append(f"## {title}\n\n{file.read_text()}\n")
+            count = lab.questions(part)
+            fewer = f" ({count} questions)" if count < options.tried else ""
+            page.append(f"## {title}{fewer}\n\n{file.read_text()}\n")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.organism}.md").write_text("\n".join(page))
 
