@@ -19,8 +19,8 @@ RATIO = 0.02
 # How many questions through each modality are tried in parts with many conditions.
 FEWER = {
     **dict.fromkeys(("compared", "grid", "needed", "tuned", "flow"), 16),
-    **dict.fromkeys(("values", "transfer", "domains"), 24),
-    **dict.fromkeys(("texts", "voices"), 12),
+    **dict.fromkeys(("transfer", "domains"), 24),
+    **dict.fromkeys(("values", "texts", "voices"), 12),
 }
 
 
