@@ -53,8 +53,8 @@ SUBJECTS = {
         without=("domains", "transfer"),
         fewer={
             **dict.fromkeys(("specific", "values"), 12),
-            **dict.fromkeys(("ratios", "compared", "grid", "needed", "lens", "tuned", "flow"), 8),
-            **dict.fromkeys(("voices", "texts"), 8),
+            **dict.fromkeys(("ratios", "grid", "needed", "tuned", "voices", "texts"), 8),
+            **dict.fromkeys(("compared", "lens", "flow"), 6),
         },
     ),
     "shapes": Subject("easy-vqa", ("image", "text"), without=("domains", "transfer", "voices")),
