@@ -20,7 +20,7 @@ RATIO = 0.02
 FEWER = {
     **dict.fromkeys(("compared", "grid", "needed", "tuned", "flow"), 16),
     **dict.fromkeys(("transfer", "domains"), 24),
-    **dict.fromkeys(("values", "texts", "voices"), 12),
+    **dict.fromkeys(("values", "lens", "texts", "voices"), 12),
 }
 
 
@@ -53,8 +53,8 @@ SUBJECTS = {
         without=("domains", "transfer"),
         fewer={
             **dict.fromkeys(("specific", "values"), 12),
-            **dict.fromkeys(("ratios", "grid", "needed", "tuned", "voices", "texts"), 8),
-            **dict.fromkeys(("compared", "lens", "flow"), 6),
+            **dict.fromkeys(("ratios", "grid", "needed", "tuned", "texts"), 8),
+            **dict.fromkeys(("compared", "lens", "flow", "voices"), 6),
         },
     ),
     "shapes": Subject("easy-vqa", ("image", "text"), without=("domains", "transfer", "voices")),

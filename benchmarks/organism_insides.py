@@ -31,7 +31,11 @@ def lens(lab: Lab) -> str:
                 f"- asked about the {ask}, {modality} tokens: entropy changes course at layer "
                 f"{', '.join(ends) or '(none)'}"
             )
-        lines.append("")
+        own = curves[(curves["measure"] == "entropy") & curves["layer"].isin(SHOWN)]
+        wide = spans(own, "mean", "entropy", 2).pivot_table(
+            "entropy", "modality", "layer", "first", sort=False
+        )
+        lines += ["", wide.reset_index().to_markdown(index=False), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -211,8 +215,8 @@ def voices(lab: Lab) -> str:
         accent: [sample for sample in spoken if str(sample.label).startswith(prefix)]
         for accent, prefix in ACCENTS.items()
     }
-    first = {accent: some[:36] for accent, some in groups.items()}
-    last = {accent: some[36 : 36 + lab.questions("voices")] for accent, some in groups.items()}
+    first = {accent: some[:24] for accent, some in groups.items()}
+    last = {accent: some[24 : 24 + lab.questions("voices")] for accent, some in groups.items()}
     return domain_neurons(lab, first, last, ["llm", "audio"])
 
 
@@ -246,7 +250,7 @@ def domain_neurons(
             f"{one.site}: {sizes}. In exactly these: {'; '.join(shared) or 'none in two'}. {layers}"
         )
     matrix = ml.domain_matrix(
-        lab.model, labelled(last), *chosen.values(), sites=[[site] for site in sites], seeds=2
+        lab.model, labelled(last), *chosen.values(), sites=[[site] for site in sites], seeds=1
     )
     table = matrix.to_frame()
     shown = table[table["measure"] == "logprob"].rename(
