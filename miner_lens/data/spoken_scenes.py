@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ SPOKEN_SCENES = Path(__file__).parents[1] / "organisms" / "spoken-scenes.zip"
 
 
 def spoken_scenes(
-    file: str | Path = SPOKEN_SCENES, ask: str = "audio", limit: int | None = None
+    file: str | Path = SPOKEN_SCENES,
+    ask: str = "audio",
+    limit: int | None = None,
+    label: str | None = None,
 ) -> SampleList:
     """Read a file that `python -m miner_lens.training.speak` has written.
 
@@ -29,9 +33,15 @@ def spoken_scenes(
         file: Such a file, by default the test split that ships.
         ask: As for `load("spoken-scenes")`.
         limit: As for `load`.
+        label: The field of the file's index by which samples are labelled, such as `"voice"`,
+            `"noise"` or `"color"`; None: not at all.
 
     Returns:
         Samples whose sounds are the bytes of Ogg files.
+
+    Raises:
+        ValueError: The index has no field `label`, or there is no such way to ask.
+        ImportError: soundfile is missing, and the questions are heard.
     """
     file = Path(file)
     check_known("ask", ask, ASKS)
@@ -57,8 +67,13 @@ def spoken_scenes(
         rows = [(number, json.loads(line)) for number, line in enumerate(lines)]
         if ask == "voice":
             rows = [(number, row) for number, row in rows if row["question_clip"]]
+        if label is not None and rows:
+            check_known("label", label, rows[0][1])
         samples = [
-            user_sample(f"{name}/{number}/{modality}", content(row, modality), row["answer"])
+            replace(
+                user_sample(f"{name}/{number}/{modality}", content(row, modality), row["answer"]),
+                label=None if label is None else str(row[label]),
+            )
             for number, row in draw(rows, limit, len(modalities))
             for modality in modalities
         ]

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from miner_lens.data.datasets import COLOURS, DESCRIPTIONS, SHAPES, describe, load, scene
+from miner_lens.data.datasets import (
+    COLOURS,
+    DESCRIPTIONS,
+    SHAPES,
+    describe,
+    load,
+    scene,
+    spoken_scenes,
+)
 from miner_lens.data.easy_vqa import SPOKEN
 from miner_lens.training import speak
 
@@ -138,6 +146,16 @@ def test_spoken_scenes_are_asked_about_in_four_ways():
         assert sounds[0] == sample.messages[0]["content"][0]["audio"]
         assert sounds[0][:4] == sounds[1][:4] == b"OggS"
         assert sounds[0] != sounds[1]
+
+
+def test_spoken_scenes_are_labelled_by_a_field_of_their_index():
+    samples = spoken_scenes(ask="text", label="shape", limit=60)
+    assert {sample.label for sample in samples} == {"circle", "square", "star", "triangle"}
+    for sample in samples:
+        assert f" {sample.label}" in sample.messages[0]["content"][0]["text"]
+    assert {sample.label for sample in spoken_scenes(ask="text", limit=3)} == {None}
+    with pytest.raises(ValueError, match=r"Unknown label 'accent'; there is .*'voice'"):
+        spoken_scenes(ask="text", label="accent")
 
 
 def test_a_limit_of_spoken_scenes_is_nested_and_mixed():
