@@ -33,6 +33,7 @@ class Subject:
         inputs: In which modalities each question is asked, the medium first.
         sets: Data sets that it was trained on, and what is asked about.
         without: Parts of the page that it has no data for.
+        mixed: Ways to ask through several modalities, tried beside the controls.
         fewer: How many questions are tried in parts that would take long.
     """
 
@@ -40,6 +41,7 @@ class Subject:
     inputs: tuple[str, ...]
     sets: tuple[tuple[str, str], ...] = ()
     without: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
     fewer: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -56,6 +58,13 @@ SUBJECTS = {
             **dict.fromkeys(("ratios", "grid", "needed", "tuned", "texts"), 8),
             **dict.fromkeys(("compared", "lens", "flow", "voices"), 6),
         },
+    ),
+    "smol-omni": Subject(
+        "easy-vqa",
+        ("image", "audio", "text"),
+        without=("domains", "transfer", "voices"),
+        mixed=("voice",),
+        fewer=dict.fromkeys(("specific",), 12),
     ),
     "shapes": Subject("easy-vqa", ("image", "text"), without=("domains", "transfer", "voices")),
 }
@@ -78,10 +87,12 @@ class Lab:
         self.mined_count, self.tried_count = mined, tried
         every = {
             ask: ml.datasets.load(self.subject.data, limit=mined + tried, ask=ask)
-            for ask in self.subject.inputs
+            for ask in (*self.subject.inputs, *self.subject.mixed)
         }
-        self.mined = {ask: some[:mined] for ask, some in every.items()}
-        self.tried = {ask: some[mined:] for ask, some in every.items()}
+        tried = {ask: some[mined:] for ask, some in every.items()}
+        self.mixed = {ask: tried.pop(ask) for ask in self.subject.mixed}
+        self.mined = {ask: every[ask][:mined] for ask in tried}
+        self.tried = tried
 
     @cached_property
     def model(self) -> Any:

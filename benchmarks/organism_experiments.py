@@ -13,8 +13,9 @@ from miner_lens.experiments.specificity import specificity_plan
 
 def controls(lab: Lab) -> str:
     """All MSNs and each modality's, beside their controls."""
+    asked = lab.asked("controls") | lab.mixed
     found = ml.experiments.ablation_table(
-        lab.model, lab.asked("controls"), lab.scores, RATIO, **lab.options("controls")
+        lab.model, asked, lab.scores, RATIO, **lab.options("controls")
     )
     return f"{found.summary}\n\n{costs(found.frame, ['off', 'kind', 'neurons'])}"
 

@@ -55,6 +55,7 @@ class Organism:
 ORGANISMS = {
     "smol-vl": Organism("easy-vqa", ("image", "text")),
     "smol-audio": Organism("spoken-scenes", ("audio", "text")),
+    "smol-omni": Organism("easy-vqa", ("image", "audio", "text")),
     "shapes": Organism("easy-vqa", ("image", "text")),
     "speech": Organism("spoken-scenes", ("audio", "text")),
 }
@@ -179,7 +180,7 @@ class Results:
         ended: The same of the shown MSNs, where a right answer also ends there.
         summary: As `run_demo` returns it.
         controls: MSNs beside their controls, all in one family.
-        specificity: Each input's own MSNs, in questions in it and in the other input.
+        specificity: Each input's own MSNs, in questions in it and in each other input.
     """
 
     trials: pd.DataFrame

@@ -20,8 +20,8 @@ def demo(
     organism: Annotated[
         str | None,
         typer.Option(
-            help="smol-vl (images), smol-audio (sounds), or the small shapes and speech; default "
-            "the first of them that is installed."
+            help="smol-vl (images), smol-audio (sounds), smol-omni (both), or the small shapes and "
+            "speech; default the first of them that is installed."
         ),
     ] = None,
 ) -> None:

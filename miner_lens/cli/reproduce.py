@@ -19,6 +19,7 @@ OWN_DOMAINS = {
     "smollm2": tuple(f"text-domains:{name}" for name in ("code", "prose", "arithmetic")),
     "speech": ("spoken-scenes:audio", "spoken-scenes:text"),
     "smol-audio": ("spoken-scenes:audio", "spoken-scenes:text"),
+    "smol-omni": ("easy-vqa:image", "easy-vqa:audio", "easy-vqa:text"),
 }
 
 reproduce = typer.Typer(help="Go through a paper's protocol; resumable.", no_args_is_help=True)

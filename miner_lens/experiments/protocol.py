@@ -165,16 +165,17 @@ MINER = Protocol(
 )
 
 
-def _both(name: str, medium: str) -> tuple[Source, ...]:
-    asks = (medium, "text")
-    return tuple(Source(name, 100, "exact_match", medium, ask=ask) for ask in asks)
+def _asked(name: str, *media: str) -> tuple[Source, ...]:
+    asks = (*media, "text")
+    return tuple(Source(name, 100, "exact_match", media[0], ask=ask) for ask in asks)
 
 
 STAND_INS = {
-    "shapes": _both("easy-vqa", "image"),
-    "smol-vl": _both("easy-vqa", "image"),
-    "speech": _both("spoken-scenes", "audio"),
-    "smol-audio": _both("spoken-scenes", "audio"),
+    "shapes": _asked("easy-vqa", "image"),
+    "smol-vl": _asked("easy-vqa", "image"),
+    "speech": _asked("spoken-scenes", "audio"),
+    "smol-audio": _asked("spoken-scenes", "audio"),
+    "smol-omni": _asked("easy-vqa", "image", "audio"),
 }
 
 
