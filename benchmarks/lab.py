@@ -89,10 +89,10 @@ class Lab:
             ask: ml.datasets.load(self.subject.data, limit=mined + tried, ask=ask)
             for ask in (*self.subject.inputs, *self.subject.mixed)
         }
-        tried = {ask: some[mined:] for ask, some in every.items()}
-        self.mixed = {ask: tried.pop(ask) for ask in self.subject.mixed}
-        self.mined = {ask: every[ask][:mined] for ask in tried}
-        self.tried = tried
+        inputs, mixed = self.subject.inputs, self.subject.mixed
+        self.mined = {ask: every[ask][:mined] for ask in inputs}
+        self.tried = {ask: every[ask][mined:] for ask in inputs}
+        self.mixed = {ask: every[ask][mined:] for ask in mixed}
 
     @cached_property
     def model(self) -> Any:
@@ -114,7 +114,10 @@ class Lab:
         """What neurons write towards the answer."""
 
         def scored(some: Any) -> ml.ImportanceScores:
-            return ml.run(self.model, some, ml.ContributionAnalyzer(), batch_size=BATCH)
+            found: ml.ImportanceScores = ml.run(
+                self.model, some, ml.ContributionAnalyzer(), batch_size=BATCH
+            )
+            return found
 
         return self._mean("contribution", scored)
 

@@ -270,19 +270,19 @@ def qwen2_5_omni(
             of `Qwen2_5OmniAudioEncoderConfig`.
     """
     text = _with_sections(_text_config(decoder.config))
-    config = Qwen2_5OmniThinkerConfig(
-        text_config=text,
-        vision_config={**towers["vision_config"], "out_hidden_size": text["hidden_size"]},
-        audio_config={**towers["audio_config"], "output_dim": text["hidden_size"]},
-        image_token_index=MEDIA_TOKENS["<|image_pad|>"],
-        video_token_index=MEDIA_TOKENS["<|video_pad|>"],
-        audio_token_index=MEDIA_TOKENS["<|AUDIO|>"],
-        vision_start_token_id=MEDIA_TOKENS["<|vision_start|>"],
-        vision_end_token_id=MEDIA_TOKENS["<|vision_end|>"],
-        audio_start_token_id=MEDIA_TOKENS["<|audio_bos|>"],
-        audio_end_token_id=MEDIA_TOKENS["<|audio_eos|>"],
-        tie_word_embeddings=True,
-    )
+    width = text["hidden_size"]
+    settings: dict[str, Any] = {
+        "vision_config": {**towers["vision_config"], "out_hidden_size": width},
+        "audio_config": {**towers["audio_config"], "output_dim": width},
+        "image_token_index": MEDIA_TOKENS["<|image_pad|>"],
+        "video_token_index": MEDIA_TOKENS["<|video_pad|>"],
+        "audio_token_index": MEDIA_TOKENS["<|AUDIO|>"],
+        "vision_start_token_id": MEDIA_TOKENS["<|vision_start|>"],
+        "vision_end_token_id": MEDIA_TOKENS["<|vision_end|>"],
+        "audio_start_token_id": MEDIA_TOKENS["<|audio_bos|>"],
+        "audio_end_token_id": MEDIA_TOKENS["<|audio_eos|>"],
+    }
+    config = Qwen2_5OmniThinkerConfig(text_config=text, tie_word_embeddings=True, **settings)
     model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     _put_into(model, decoder)
     return model

@@ -152,7 +152,7 @@ class Pictures:
     and a colour say all about them; mixing those of the training split gives many more.
     """
 
-    def __init__(self, paths: Iterable[str], processor: Qwen2VLProcessor) -> None:
+    def __init__(self, paths: Iterable[str], processor: Any) -> None:
         paths = list(paths)
         images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
         names = [scene(path) for path in paths]

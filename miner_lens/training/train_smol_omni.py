@@ -170,7 +170,7 @@ def train_hearing(
 
 def train_seeing(model: Any, pictures: Pictures, folder: Path, seed: int) -> None:
     """Teach the vision tower to give the tokens that `smol-vl`'s gives."""
-    teacher = Qwen2VLForConditionalGeneration.from_pretrained(organisms.path("smol-vl")).eval()
+    teacher = Qwen2VLForConditionalGeneration.from_pretrained(organisms.path("smol-vl"))
     parameters = dict(model.model.visual.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -331,7 +331,8 @@ def train(out: Path, work: Path, seed: int) -> None:
     pictures = Pictures(paths, processor)
     factors = add_factors(model)
     begin_with_organisms(model)
-    words = model.get_input_embeddings().weight[parts].detach()
+    embeddings: Any = model.get_input_embeddings()
+    words = embeddings.weight[parts].detach()
     train_hearing(model, words, clips, check, work, seed)
     train_seeing(model, pictures, work, seed)
     lessons = Lessons(model, tokenizer, pictures, clips)
