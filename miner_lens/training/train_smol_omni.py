@@ -54,7 +54,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "audio_config": {**train_smol_audio.TOWER, "n_window": FRAMES // 2},
 }
 DESCRIBED, ASKED = 6_000, 4_000  # clips of either kind
-HEARING_STEPS, SEEING_STEPS, STEPS, ASKING_STEPS = 900, 600, 420, 240
+HEARING_STEPS, SEEING_STEPS, STEPS, ASKING_STEPS, NEGATING_STEPS = 900, 600, 420, 240, 190
 HEARING_PEAK, SEEING_PEAK, PEAK = 7e-4, 1.5e-3, 1e-3
 ENLARGED = train_smol_audio.ENLARGED
 CLIPS = 16  # heard in each step of the audio tower's stage
@@ -67,7 +67,9 @@ TURNS = ("audio", "voice", "known", "audio", "voice")
 SIZES = {"audio": (4, 4), "voice": (4, 2), "known": (6, 4)}
 ASKING_TURNS = ("voice", "voice", "audio", "voice", "voice", "known")
 ASKING_SIZES = {"audio": (4, 4), "voice": (5, 3), "known": (6, 4)}
-# Between these steps of the last stage, the share of negated questions that are spoken rises from
+NEGATING_TURNS = ("voice", "audio", "voice", "voice", "audio", "voice", "known")
+NEGATED = 0.7  # share of negated questions that are spoken, in the last stage
+# Between these steps of the stage before, the share of negated questions that are spoken rises from
 # none to a half: a spoken "not" is learnt after what is asked, as a written one was by `smol-vl`.
 RAMP = (70, 150)
 
@@ -299,9 +301,14 @@ def train_decoder(
         risen = min(1.0, max(0.0, (step.number - start) / (end - start)))
         return lesson(kind, ASKING_SIZES[kind], 0.5 * risen if kind == "voice" else 0.5, step)
 
+    def negating(step: Step) -> tuple[Tensor, dict[str, float]]:
+        kind = NEGATING_TURNS[step.number % len(NEGATING_TURNS)]
+        return lesson(kind, ASKING_SIZES[kind], NEGATED if kind == "voice" else 0.5, step)
+
     model.train()
     learn("decoder", folder, parameters, answering, STEPS, PEAK, seed)
     learn("asking", folder, parameters, asking, ASKING_STEPS, PEAK, seed)
+    learn("negating", folder, parameters, negating, NEGATING_STEPS, PEAK, seed)
     model.train(False)
     model.requires_grad_(False)
 
@@ -351,6 +358,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         "seeing_steps": SEEING_STEPS,
         "steps": STEPS,
         "asking_steps": ASKING_STEPS,
+        "negating_steps": NEGATING_STEPS,
         "peak": PEAK,
         "seed": seed,
     }
