@@ -19,7 +19,7 @@ RATIO = 0.02
 # How many questions through each modality are tried in parts with many conditions.
 FEWER = {
     **dict.fromkeys(("compared", "grid", "needed", "tuned", "flow"), 16),
-    **dict.fromkeys(("transfer", "domains"), 24),
+    "transfer": 24,
     **dict.fromkeys(("values", "lens", "texts", "voices"), 12),
 }
 

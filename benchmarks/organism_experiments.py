@@ -54,7 +54,10 @@ def specific(lab: Lab) -> str:
         indices.append(
             spans(found.index.drop(columns="questions"), "index", "index", 2).assign(**about)
         )
-        matrices.append(found.matrix().reset_index().assign(selection=called))
+        lost = found.frame[(found.frame["measure"] == "logprob") & (found.frame["off"] != "")]
+        lost = spans(lost[["off", "label", "cost", "low", "high"]], "cost", "cost")
+        wide = lost.pivot_table("cost", "off", "label", "first", sort=False)
+        matrices.append(wide.reset_index().assign(selection=called))
     heads = ["selection", "neurons each", "measure", "own", "other", "index"]
     costs_of = pd.concat(matrices)[["selection", "off", *lab.subject.inputs]]
     costs_of.columns = [*heads[:1], "off", *(f"asked about the {a}" for a in lab.subject.inputs)]
