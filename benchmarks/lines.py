@@ -42,9 +42,12 @@ class Taken:
 
 
 def lines(model: str) -> Iterator[Line]:
-    """Every experiment that the command has, with its own defaults."""
+    """Every experiment that the command has, with its own defaults; `layers` only reads scores."""
     for name in EXPERIMENTS:
         yield Line(name, ("experiment", name, model, *BOTH))
+    yield Line("evaluate", ("evaluate", model, *BOTH))
+    yield Line("attention", ("attention", model, "easy-vqa"))
+    yield Line("recovery", ("recovery",))
     yield Line("stability", ("stability", model, "easy-vqa", "digits"))
     yield Line("domains", ("domains", model, "easy-vqa", "digits", "--tried", "20"))
     yield Line("compare", ("compare", model, *BOTH))

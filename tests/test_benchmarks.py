@@ -126,7 +126,7 @@ def test_every_experiment_of_the_command_has_a_line() -> None:
         if one.callback is not None
     ]
     asked = {line.arguments[0] for line in lines.lines("shapes")}
-    method = {"demo", "info", "mine", "select", "ablate", "report"}
+    method = {"demo", "info", "mine", "select", "ablate", "report", "layers"}
     assert asked == {*made, "reproduce"} - method
     named = [line.name for line in lines.lines("shapes")]
     assert len(set(named)) == len(named)

@@ -152,7 +152,7 @@ def test_a_table_of_rows_continues_as_such(
         )
 
     def stopped() -> Any:
-        yield from data[:3]
+        yield from data[:5]
         raise KeyError("stop")
 
     with pytest.raises(KeyError, match="stop"):
