@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from miner_lens import files
 from miner_lens.organisms import cache, smollm2
@@ -54,7 +54,7 @@ def base() -> Path:
         smollm2.decoder().save_pretrained(folder)
         smollm2.tokenizer().save_pretrained(folder)
 
-    return cache.folder(f"smollm2-{_version()}", write)
+    return cache.folder(_base_name(), write)
 
 
 def assemble(delta: str | Path) -> Path:
@@ -95,7 +95,7 @@ def build(tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> PreTraine
             f"The delta is of a {recipe['architecture']}; expected {' or '.join(BUILDERS)}."
         )
     _, builder = BUILDERS[recipe["architecture"]]
-    model: PreTrainedModel = builder(smollm2.decoder(), recipe["tower"])
+    model: PreTrainedModel = builder(_decoder(), recipe["tower"])
     tower = {name[6:]: tensor.float() for name, tensor in tensors.items() if name[:6] == "tower."}
     expected = set(tower_weights(model))
     if tower.keys() != expected:
@@ -170,6 +170,19 @@ def write(
     recipe = {"architecture": architecture, "tower": settings, "scale": scale}
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     files.write(folder / DELTA, KIND, stored, recipe)
+
+
+def _base_name() -> str:
+    return f"smollm2-{_version()}"
+
+
+def _decoder() -> LlamaForCausalLM:
+    """SmolLM2, from the cache where it is there already, which takes a tenth of the time."""
+    folder = cache.root() / _base_name()
+    if not cache.is_complete(folder):
+        return smollm2.decoder()
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
 
 
 def _parts(delta: Path) -> list[Path]:
