@@ -153,10 +153,10 @@ largest 8 directions of the sum of their low-rank changes. The audio tower learn
 token, SmolLM2's embedding of the word that is being said ({hearing_steps} steps), the vision tower
 to give the tokens that `smol-vl`'s gives ({seeing_steps} steps). Then the towers are frozen but for
 their last maps, and these and the low-rank changes learn to answer ({steps} steps; AdamW, {peak},
-cosine), then most questions are spoken, negated ones gradually ({asking_steps} steps; likewise),
-and last, most of the spoken ones are negated ({negating_steps} steps; likewise). The last stage was
-added after some hundred questions of the test split had been answered; its pictures and voices were
-never trained on."""
+cosine), then most questions are spoken, negated ones gradually ({asking_steps} steps; likewise).
+Last, the audio tower hears on below its last map, with that map as it was at first ({on_steps}
+steps). That was added after some hundred questions of the test split had been answered; its
+pictures and voices were never trained on."""
 OMNI_LIMITS = """\
 It has seen nothing but flat coloured shapes, and of speech knows 66 words in 395 sentences, from
 one synthesizer. Digits and spoken-scenes, which its parents know, it was not taught."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import easy_vqa
 import torch
@@ -54,8 +55,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "audio_config": {**train_smol_audio.TOWER, "n_window": FRAMES // 2},
 }
 DESCRIBED, ASKED = 6_000, 4_000  # clips of either kind
-HEARING_STEPS, SEEING_STEPS, STEPS, ASKING_STEPS, NEGATING_STEPS = 900, 600, 420, 240, 190
-HEARING_PEAK, SEEING_PEAK, PEAK = 7e-4, 1.5e-3, 1e-3
+SEEING_STEPS, STEPS, ASKING_STEPS = 600, 420, 240
+SEEING_PEAK, PEAK = 1.5e-3, 1e-3
 ENLARGED = train_smol_audio.ENLARGED
 CLIPS = 16  # heard in each step of the audio tower's stage
 SEEN = 48  # pictures in each step of the vision tower's
@@ -67,9 +68,7 @@ TURNS = ("audio", "voice", "known", "audio", "voice")
 SIZES = {"audio": (4, 4), "voice": (4, 2), "known": (6, 4)}
 ASKING_TURNS = ("voice", "voice", "audio", "voice", "voice", "known")
 ASKING_SIZES = {"audio": (4, 4), "voice": (5, 3), "known": (6, 4)}
-NEGATING_TURNS = ("voice", "audio", "voice", "voice", "audio", "voice", "known")
-NEGATED = 0.7  # share of negated questions that are spoken, in the last stage
-# Between these steps of the stage before, the share of negated questions that are spoken rises from
+# Between these steps of the last stage, the share of negated questions that are spoken rises from
 # none to a half: a spoken "not" is learnt after what is asked, as a written one was by `smol-vl`.
 RAMP = (70, 150)
 
@@ -133,15 +132,34 @@ def listen(model: Any, clips: Spoken, rows: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, labels.long()
 
 
+class Hearing(NamedTuple):
+    """A stage in which the audio tower learns to hear."""
+
+    name: str
+    steps: int
+    peak: float
+    fixed: tuple[str, ...]  # what is not trained
+
+
+HEARING = Hearing("hearing", 900, 7e-4, ("audio_bos_eos",))
+HEARING_ON = Hearing("hearing-on", 1500, 7e-4, ("audio_bos_eos", "proj."))
+
+
 def train_hearing(
-    model: Any, words: Tensor, clips: Spoken, check: Spoken, folder: Path, seed: int
+    model: Any,
+    stage: Hearing,
+    words: Tensor,
+    clips: Spoken,
+    check: Spoken,
+    folder: Path,
+    seed: int,
 ) -> None:
     """Teach the audio tower to give SmolLM2's embedding of what is being said, [part, hidden].
 
     It learns to give it ENLARGED times as large, and is then scaled down.
     """
     tower = model.model.audio_tower
-    parameters = {n: p for n, p in tower.named_parameters() if "bos_eos" not in n}
+    parameters = {n: p for n, p in tower.named_parameters() if not n.startswith(stage.fixed)}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for parameter in tower.proj.parameters():
@@ -163,7 +181,7 @@ def train_hearing(
         return hearing_loss(tokens, words, labels, ENLARGED), seen
 
     model.train()
-    learn("hearing", folder, parameters, lesson, HEARING_STEPS, HEARING_PEAK, seed)
+    learn(stage.name, folder, parameters, lesson, stage.steps, stage.peak, seed)
     model.train(False)
     model.requires_grad_(False)
     for parameter in tower.proj.parameters():
@@ -301,14 +319,9 @@ def train_decoder(
         risen = min(1.0, max(0.0, (step.number - start) / (end - start)))
         return lesson(kind, ASKING_SIZES[kind], 0.5 * risen if kind == "voice" else 0.5, step)
 
-    def negating(step: Step) -> tuple[Tensor, dict[str, float]]:
-        kind = NEGATING_TURNS[step.number % len(NEGATING_TURNS)]
-        return lesson(kind, ASKING_SIZES[kind], NEGATED if kind == "voice" else 0.5, step)
-
     model.train()
     learn("decoder", folder, parameters, answering, STEPS, PEAK, seed)
     learn("asking", folder, parameters, asking, ASKING_STEPS, PEAK, seed)
-    learn("negating", folder, parameters, negating, NEGATING_STEPS, PEAK, seed)
     model.train(False)
     model.requires_grad_(False)
 
@@ -340,10 +353,16 @@ def train(out: Path, work: Path, seed: int) -> None:
     begin_with_organisms(model)
     embeddings: Any = model.get_input_embeddings()
     words = embeddings.weight[parts].detach()
-    train_hearing(model, words, clips, check, work, seed)
+    tower: Any = model.model.audio_tower
+    train_hearing(model, HEARING, words, clips, check, work, seed)
+    first = copy.deepcopy(tower.proj)
     train_seeing(model, pictures, work, seed)
     lessons = Lessons(model, tokenizer, pictures, clips)
     train_decoder(model, factors, lessons, language.Texts(tokenizer, told), work, seed)
+    # What is below the last map hears better with that map as it was, and so with what it is now.
+    tower.proj, last = first, tower.proj
+    train_hearing(model, HEARING_ON, words, clips, check, work, seed)
+    tower.proj = last
     assembly.write(out, model, processor, factors_of(model), 1.0, torch.bfloat16)
 
 
@@ -354,11 +373,11 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         "keeping": KEEPING,
         "described": f"{DESCRIBED:,}",
         "asked": f"{ASKED:,}",
-        "hearing_steps": HEARING_STEPS,
+        "hearing_steps": HEARING.steps,
+        "on_steps": f"{HEARING_ON.steps:,}",
         "seeing_steps": SEEING_STEPS,
         "steps": STEPS,
         "asking_steps": ASKING_STEPS,
-        "negating_steps": NEGATING_STEPS,
         "peak": PEAK,
         "seed": seed,
     }
