@@ -159,7 +159,9 @@ steps). That was added after some hundred questions of the test split had been a
 pictures and voices were never trained on."""
 OMNI_LIMITS = """\
 It has seen nothing but flat coloured shapes, and of speech knows 66 words in 395 sentences, from
-one synthesizer. Digits and spoken-scenes, which its parents know, it was not taught."""
+one synthesizer. Asked aloud, it takes no notice of a "not": so it answers what is asked openly, and
+yes or no hardly better than by chance. Digits and spoken-scenes, which its parents know, it was not
+taught."""
 
 
 def options(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
