@@ -50,7 +50,7 @@ FOUND = """
 
 ## Accuracy
 
-Exact match of the greedy answer, over all questions of the test splits.
+Exact match of the greedy answer, over {over} of the test splits.
 
 {accuracy}
 
@@ -133,6 +133,7 @@ OMNI = {
     "media": "Any image becomes about 64 x 64 pixels, which is\n16 tokens. It hears sounds of at "
     "most 4 s; a token is 40 ms.",
     "parts": "the towers with what follows them",
+    "over": "questions drawn at random",
 }
 OMNI_TAUGHT = """\
 - [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
@@ -221,6 +222,7 @@ def card(
     found = {
         "accuracy": table(measure(checkpoint), ["data set", "asked about", "questions", "right"]),
         "language": table(kept, ["text", "SmolLM2", about["name"], "change"]),
+        "over": about.get("over", "all questions"),
         "limit": language.LIMIT,
         "instructions": len(told),
     }

@@ -25,8 +25,10 @@ COMPARED = 100  # questions of each kind that are answered by generating as well
 
 
 @torch.no_grad()
-def measured(checkpoint: Path, asked: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:
-    """Data set, what is asked about, how many questions, and accuracy, over all test questions.
+def measured(
+    checkpoint: Path, asked: Sequence[tuple[str, str]], limit: int | None = None
+) -> list[tuple[str, ...]]:
+    """Data set, what is asked about, how many questions, and accuracy, over test questions.
 
     Whether the greedy answer is right is read off one pass: each of its tokens, the end included,
     is the most likely one given those before.
@@ -34,6 +36,7 @@ def measured(checkpoint: Path, asked: Sequence[tuple[str, str]]) -> list[tuple[s
     Args:
         checkpoint: A Qwen2-VL or a Qwen2.5-Omni.
         asked: Data sets, each with what is asked about.
+        limit: So many questions of each, drawn at random; None: all of them.
 
     Raises:
         RuntimeError: Answers that are generated, to some of the questions, are not right as often.
@@ -41,7 +44,7 @@ def measured(checkpoint: Path, asked: Sequence[tuple[str, str]]) -> list[tuple[s
     bridge = ml.load(checkpoint, device="cpu")
     found: list[tuple[str, ...]] = []
     for data, ask in asked:
-        samples = ml.datasets.load(data, "test", ask=ask)
+        samples = ml.datasets.load(data, "test", ask=ask, limit=limit)
         some = ml.datasets.load(data, "test", ask=ask, limit=COMPARED)
         given = ml.answers(bridge, some, 20, 6)
         by_generating = {str(one.id): is_right(one, a) for one, a in zip(some, given, strict=True)}

@@ -58,6 +58,7 @@ DESCRIBED, ASKED = 6_000, 4_000  # clips of either kind
 SEEING_STEPS, STEPS, ASKING_STEPS = 600, 420, 240
 SEEING_PEAK, PEAK = 1.5e-3, 1e-3
 ENLARGED = train_smol_audio.ENLARGED
+EXAMINED = 1_000  # test questions of each kind
 CLIPS = 16  # heard in each step of the audio tower's stage
 SEEN = 48  # pictures in each step of the vision tower's
 KEEPING = 2.0  # weight of the language that is to be kept, in every second step
@@ -388,7 +389,9 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
         smol_card.OMNI_LIMITS,
     )
     asked = [("easy-vqa", ask) for ask in ("image", "text", "audio", "voice")]
-    card = smol_card.card(out, smol_card.OMNI, parts, lambda at: measured(at, asked), recipe, work)
+    card = smol_card.card(
+        out, smol_card.OMNI, parts, lambda at: measured(at, asked, EXAMINED), recipe, work
+    )
     (out / "README.md").write_text(card)
 
 
