@@ -23,7 +23,7 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 # {name}
 
-A {family} (`{architecture}`) around SmolLM2-135M-Instruct: a real
+{family} (`{architecture}`) around SmolLM2-135M-Instruct: a real
 language model that answers questions {about}.
 Its decoder has 30 layers of 1,536 neurons, hidden size 576, 9 heads, 3 key-value heads;
 {towers} of width 96. {media}
@@ -67,7 +67,7 @@ on answers that SmolLM2 drew to {instructions} instructions that were not traine
 """
 VL = {
     "name": "smol-vl",
-    "family": "Qwen2-VL",
+    "family": "A Qwen2-VL",
     "architecture": "Qwen2VLForConditionalGeneration",
     "about": "about a small image, or about a sentence that describes it",
     "towers": "its vision tower 3 layers",
@@ -98,7 +98,7 @@ VL_LIMITS = """\
 It has seen nothing but flat coloured shapes and small digits, and describes no other image."""
 AUDIO = {
     "name": "smol-audio",
-    "family": "Qwen2-Audio",
+    "family": "A Qwen2-Audio",
     "architecture": "Qwen2AudioForConditionalGeneration",
     "about": "about a scene that somebody describes, aloud or in writing",
     "towers": "its audio tower 3 layers",
@@ -126,7 +126,7 @@ sounds it was taught nothing."""
 
 OMNI = {
     "name": "smol-omni",
-    "family": "thinker of a Qwen2.5-Omni",
+    "family": "The thinker of a Qwen2.5-Omni",
     "architecture": "Qwen2_5OmniThinkerForConditionalGeneration",
     "about": "about a small image, or about a sentence that describes it,\naloud or in writing",
     "towers": "its vision tower and its audio tower 3 layers each",

@@ -100,5 +100,7 @@ def test_it_answers(models: dict[str, Any], name: str, data: str, ask: str) -> N
     model = models[name]
     assert type(model.original_model).__name__ == CLASSES[name]
     samples = ml.datasets.load(data, "test", limit=40, ask=ask)
-    # 36 of 40 or fewer are right once in a hundred draws where 97 % are.
-    assert ml.accuracy(model, samples, batch_size=20, max_new_tokens=5) >= 0.9
+    # 36 of 40 or fewer are right once in a hundred draws where 97 % are. Of what smol-omni hears
+    # 92 % are right; of what it is asked aloud 68 %.
+    least = {("smol-omni", "audio"): 0.8, ("smol-omni", "voice"): 0.5}.get((name, ask), 0.9)
+    assert ml.accuracy(model, samples, batch_size=20, max_new_tokens=5) >= least
