@@ -80,6 +80,7 @@ def everything(folder: Path) -> tuple[dict[str, Any], int]:
 
 def killed_and_continued(folder: Path) -> None:
     ml.trials.__globals__["WINDOW"] = 3
+    protocol.first_cards = lambda *_: {}  # which take long, and are made anew each time
     whole, all_passes = everything(folder / "whole")
     for units in (0, 3):  # when all is mined; within the second of the tables
         child = os.fork()

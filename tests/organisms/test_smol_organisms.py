@@ -35,7 +35,6 @@ ASKED = [
         ("smol-audio", "spoken-scenes", "audio"),
         ("smol-audio", "spoken-scenes", "text"),
         ("smol-omni", "easy-vqa", "image"),
-        ("smol-omni", "easy-vqa", "text"),
         ("smol-omni", "easy-vqa", "audio"),
         ("smol-omni", "easy-vqa", "voice"),
     ]
@@ -99,8 +98,8 @@ def models() -> dict[str, Any]:
 def test_it_answers(models: dict[str, Any], name: str, data: str, ask: str) -> None:
     model = models[name]
     assert type(model.original_model).__name__ == CLASSES[name]
-    samples = ml.datasets.load(data, "test", limit=40, ask=ask)
-    # 36 of 40 or fewer are right once in a hundred draws where 97 % are. Of what smol-omni hears
-    # 92 % are right; of what it is asked aloud 68 %.
-    least = {("smol-omni", "audio"): 0.8, ("smol-omni", "voice"): 0.5}.get((name, ask), 0.9)
-    assert ml.accuracy(model, samples, batch_size=20, max_new_tokens=5) >= least
+    samples = ml.datasets.load(data, "test", limit=24, ask=ask)
+    # 21 of 24 or fewer are right once in thirty draws where 97 % are. Of what smol-omni hears 92 %
+    # are right; of what it is asked aloud 68 %.
+    least = {("smol-omni", "audio"): 0.75, ("smol-omni", "voice"): 0.45}.get((name, ask), 0.85)
+    assert ml.accuracy(model, samples, batch_size=12, max_new_tokens=5) >= least
