@@ -170,8 +170,9 @@ def ranks_share_a_run(folder: Path) -> None:
 def ranks_die(folder: Path) -> None:
     model, data = prepare(72)
     kept, out = folder / "kept", folder / "scores.safetensors"
-
-    model.original_model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    alone = mine(model, data)
+    # Slow enough that a rank is seen at work on a busy machine, too.
+    model.original_model.register_forward_pre_hook(lambda *_: time.sleep(0.15))
 
     def work(rank: int) -> None:
         scores = mine(model, data, checkpoint=kept, checkpoint_every=0)
@@ -197,8 +198,6 @@ def ranks_die(folder: Path) -> None:
         assert covered() >= before + more
         assert covered() < len(data), "it was killed too late to try anything"
         return told
-
-    alone = mine(model, data)
 
     def stopped(told: list[Any], killed: int) -> None:
         assert told.pop(killed) is None
