@@ -133,7 +133,7 @@ OMNI = {
     "media": "Any image becomes about 64 x 64 pixels, which is\n16 tokens. It hears sounds of at "
     "most 4 s; a token is 40 ms.",
     "parts": "the towers with what follows them",
-    "over": "questions drawn at random",
+    "over": "a random draw of the questions",
 }
 OMNI_TAUGHT = """\
 - [easy-VQA](https://github.com/vzhou842/easy-VQA): the training images, moved, mirrored and
@@ -165,8 +165,20 @@ yes or no hardly better than by chance. Digits and spoken-scenes, which its pare
 taught."""
 
 
-def options(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line of an organism's training says: `out`, `work`, `seed` and `card`."""
+def command(
+    name: str,
+    train: Callable[[Path, Path, int], None],
+    describe: Callable[[Path, Path, int], None],
+    arguments: Sequence[str] | None,
+) -> None:
+    """The command of an organism's training: train it, and write its card.
+
+    Args:
+        name: The organism.
+        train: Writes the delta, given where to, where what is learnt is kept, and the seed.
+        describe: Writes the card, given the same.
+        arguments: Of the command line; None: the program's own.
+    """
     parser = argparse.ArgumentParser(description=f"Train the organism `{name}` around SmolLM2.")
     where = Path(organisms.__file__).parent / name
     parser.add_argument("--out", type=Path, default=where, help="where the delta goes")
@@ -174,7 +186,10 @@ def options(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=work, help="where what was learnt is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--card", action="store_true", help="only measure what is there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.card:
+        train(options.out, options.work, options.seed)
+    describe(options.out, options.work, options.seed)
 
 
 def accuracies(folder: str | Path, asked: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:

@@ -397,10 +397,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Speak, train, write, assemble and measure."""
-    options = smol_card.options("smol-omni", arguments)
-    if not options.card:
-        train(options.out, options.work, options.seed)
-    describe_organism(options.out, options.work, options.seed)
+    smol_card.command("smol-omni", train, describe_organism, arguments)
 
 
 if __name__ == "__main__":

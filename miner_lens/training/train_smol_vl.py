@@ -234,10 +234,7 @@ def describe_organism(out: Path, work: Path, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, write, assemble and measure."""
-    options = smol_card.options("smol-vl", arguments)
-    if not options.card:
-        train(options.out, options.work, options.seed)
-    describe_organism(options.out, options.work, options.seed)
+    smol_card.command("smol-vl", train, describe_organism, arguments)
 
 
 if __name__ == "__main__":
