@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def find(what: str, name: str, own: Mapping[str, T], group: str, otherwise: str 
     """
     if name in own:
         return own[name]
-    installed = {entry.name: entry for entry in entry_points(group=group)}
+    installed = _entries(group)
     if name not in installed:
         known = ", ".join(dict.fromkeys([*own, *installed]))
         raise ValueError(
@@ -46,6 +46,9 @@ def described(group: str, architecture: str) -> Any:
 
     Looked up once, as going through all installed packages takes long.
     """
-    for entry in entry_points(group=group, name=architecture):
-        return entry.load()
-    return None
+    installed = _entries(group)
+    return installed[architecture].load() if architecture in installed else None
+
+
+def _entries(group: str) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=group)}

@@ -17,7 +17,7 @@ from torch import Tensor
 MOST = 65_536  # about so many elements of an array, or bytes of a picture, are hashed
 
 
-def signature(item: Any) -> int:
+def item_signature(item: Any) -> int:
     """A number of 64 bits that tells one item of the data from another.
 
     It covers texts, labels and media (files by name and size, which opens none of them), or the

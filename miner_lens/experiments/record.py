@@ -9,7 +9,7 @@ from typing import Any
 
 from miner_lens import files, launchers
 from miner_lens.analyzers.importance import versions
-from miner_lens.data.signature import signature
+from miner_lens.data.signature import item_signature
 from miner_lens.models.access import identity
 
 PROTOCOL = "protocol.json"
@@ -33,7 +33,7 @@ def keep_record(
     """
     record: dict[str, Any] = {
         "model": identity(model).to_dict(),
-        "data": {name: [len(some), signature(some[0])] for name, some in data.items()},
+        "data": {name: [len(some), item_signature(some[0])] for name, some in data.items()},
         "settings": dict(settings),
     }
     path, wanted = folder / PROTOCOL, json.loads(json.dumps(record))

@@ -211,7 +211,7 @@ def prepare(bridge: Any) -> Any:
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
     seen = PassInputs()
     seen.configs = attention.configs_of(bridge)
-    seen.watch(hf_model)
+    seen.register(hf_model)
     return bridge
 
 
@@ -252,7 +252,7 @@ class PassInputs:
         # Whose attention functions are to stay hooked, whatever is set.
         self.configs: list[Any] = []
 
-    def watch(self, model: Any) -> None:
+    def register(self, model: Any) -> None:
         """See each forward pass of a model from now on."""
         hf_model = hf_model_of(model)
         self.handles += [

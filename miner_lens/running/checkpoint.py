@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from miner_lens import files
-from miner_lens.data.signature import signature
+from miner_lens.data.signature import item_signature
 from miner_lens.running.stateful import Mergeable
 
 KIND = "run"
@@ -82,7 +82,7 @@ class Checkpoint:
     def add(self, unit: dict[int, Any], skipped: int, limit: int | None = None) -> None:
         """Count the items of a unit, by number, of which some could not be used."""
         if self.path is not None:
-            self.done |= {number: signature(item) for number, item in unit.items()}
+            self.done |= {number: item_signature(item) for number, item in unit.items()}
         self.seen += len(unit)
         self.skipped += skipped
         self.limit = limit

@@ -73,21 +73,21 @@ def run(
         The analyzer's result, or a tuple of results where there are several.
 
     Raises:
-        ValueError: No data, no usable sample, no analyzer, not a bridge, a checkpoint of
-            another run or one that another run is using, or processes that differ in model, data
-            or settings.
+        ValueError: No usable sample, no analyzer, not a bridge, a checkpoint of another run or one
+            that is in use, or processes that differ in model, data or settings.
         SampleError: A sample is unusable and `on_error="raise"`.
         RankError: Another process has stopped.
     """
     _check_arguments(analyzers, batch_size, limit, on_error)
     model = prepared_bridge(model)
+    device = input_device(model)
     items = Items(labelled(data) if isinstance(data, Mapping) else data, limit)
     with evaluating(model), joined() as ranks:
         if ranks.world_size > 1 or checkpoint is not None:
             _require_new(analyzers)
         for analyzer in analyzers:
             analyzer.begin(model)
-        sampler = Sampler(batch_size, input_device(model))
+        sampler = Sampler(batch_size, device)
         wanted = objective if any(one.needs_gradients for one in analyzers) else None
         passes = Passes(model, analyzers, on_error, sampler, wanted)
         settings = {

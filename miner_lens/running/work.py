@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from miner_lens.data.items import item_of
-from miner_lens.data.signature import signature
+from miner_lens.data.signature import item_signature
 from miner_lens.models.access import identity
 from miner_lens.models.inside import hf_model_of
 from miner_lens.neurons.active import active
@@ -78,7 +78,7 @@ def shard(
     for unit, numbered in enumerate(iter(lambda: dict(islice(walk, size)), {})):
         for number in numbered.keys() & done.keys():
             look_up = numbered.pop(number)
-            if number % step == 0 and signature(look_up()) != done[number]:
+            if number % step == 0 and item_signature(look_up()) != done[number]:
                 raise ValueError(OTHER_DATA.format(what=f"item {number} is another"))
             passed += 1
         if numbered and unit % ranks.world_size == ranks.rank:
@@ -192,7 +192,7 @@ def _state_of(model: Any) -> dict[str, Any]:
 def _require_same(ranks: Ranks, settings: dict[str, Any], items: Items) -> None:
     """Refuse ranks that would not work on the same thing."""
     few = sorted({0, items.length // 2, items.length - 1}) if items.indexed and items.length else []
-    some = [signature(items.look_up(number)) for number in few]
+    some = [item_signature(items.look_up(number)) for number in few]
     told = ranks.gather({"settings": settings, "samples": items.length, "some samples": some})
     for rank, theirs in enumerate(told):
         for what, value in theirs.items():

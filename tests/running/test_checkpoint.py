@@ -19,7 +19,7 @@ from PIL import Image
 
 import miner_lens as ml
 from miner_lens import files
-from miner_lens.data.signature import signature
+from miner_lens.data.signature import item_signature
 from miner_lens.models import access
 from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint
 from miner_lens.running.distributed import Ranks
@@ -162,7 +162,7 @@ def test_every_item_is_dealt_once(
             assert all(len(unit) <= size for unit in units)
             assert not {number for unit in units for number in unit} & set(done)
             parts += units[: after[rank]]
-        done |= {number: signature(item) for unit in parts for number, item in unit.items()}
+        done |= {number: item_signature(item) for unit in parts for number, item in unit.items()}
     assert sorted(done) == list(range(total))
 
 
@@ -556,6 +556,6 @@ def test_files_are_told_by_name_and_size(tmp_path: Path) -> None:
 
     def of(folder: str) -> int:
         part = {"type": "image", "image": str(tmp_path / folder / "a.png")}
-        return signature(ml.Sample([{"role": "user", "content": [part]}]))
+        return item_signature(ml.Sample([{"role": "user", "content": [part]}]))
 
     assert of("here") == of("there") != of("elsewhere")
