@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -273,7 +274,11 @@ def _require_plain_attention(model: Any, attended: bool) -> None:
             )
 
 
+# Looked up in files, and asked for by each run.
+_version = cache(importlib.metadata.version)
+
+
 def versions() -> dict[str, str]:
     """Of the packages that scores depend on."""
     packages = ("miner-lens", "transformer-lens", "transformers", "torch")
-    return {package: importlib.metadata.version(package) for package in packages}
+    return {package: _version(package) for package in packages}

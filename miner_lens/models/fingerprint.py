@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # Changed whenever other elements are read, so that no two versions are held against each other.
 VERSION = "2"
 SAMPLES = 2**15
+MOST_SQUARES = 16
 
 
 def fingerprint(hf_model: Any) -> str | None:
@@ -56,7 +57,10 @@ def quantization(hf_model: Any) -> str | None:
             return str(weight.dtype if plain else type(weight.data).__name__)
     for module in hf_model.modules():
         # Torch's own and others pack weights into what is no parameter.
-        if hasattr(module, "in_features") and next(module.parameters(), None) is None:
+        plain = any(one is not None for one in module._parameters.values())
+        if plain or not hasattr(module, "in_features"):
+            continue
+        if next(module.parameters(), None) is None:
             return str(_inside(module)._get_name())
     return None
 
@@ -128,7 +132,15 @@ def _readable(weight: Tensor) -> bool:
 
 def _diagonal(weight: Tensor) -> bytes:
     rows, columns = weight.shape[:1].numel(), math.prod(weight.shape[1:])
-    longer = max(rows, columns) if weight.numel() else 0
-    index = torch.arange(0, longer, 1 + longer // SAMPLES, device=weight.device)
-    some = weight.detach().reshape(rows, columns)[index % rows, index % columns]
+    longer, shorter = (max(rows, columns), min(rows, columns)) if weight.numel() else (0, 0)
+    if longer > min(SAMPLES, MOST_SQUARES * shorter) or not weight.is_contiguous():
+        index = torch.arange(0, longer, 1 + longer // SAMPLES, device=weight.device)
+        some = weight.detach().reshape(rows, columns)[index % rows, index % columns]
+    else:  # the same without an index, in half the time: one square after the other
+        flat, square = weight.detach().reshape(-1), columns if rows >= columns else 1
+        parts = [
+            flat[first * square :][: min(shorter, longer - first) * (columns + 1) : columns + 1]
+            for first in range(0, longer, shorter or 1)
+        ]
+        some = torch.cat(parts) if parts else flat
     return some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()

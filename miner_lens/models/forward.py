@@ -24,7 +24,8 @@ def evaluating(model: Any) -> Iterator[None]:
     """
     hf_model = hf_model_of(model)
     training = [module for module in hf_model.modules() if module.training]
-    hf_model.eval()
+    if training:
+        hf_model.eval()
     try:
         with attention.fused(model), uncompiled():
             yield

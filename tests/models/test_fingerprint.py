@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import miner_lens as ml
 from miner_lens.models.access import identity
-from miner_lens.models.fingerprint import VERSION
+from miner_lens.models.fingerprint import SAMPLES, VERSION, fingerprint
 from miner_lens.models.identity import ModelIdentity
 from tests.quantized import by_bitsandbytes, by_quanto, by_torch, by_torchao
 from tests.towers import pack, vision_inputs, vision_model
@@ -51,6 +55,25 @@ def test_edited_weights_are_another_model(shapes: Any, what: str) -> None:
     for site, one in before.items():
         with pytest.raises(ValueError, match=r"weights .* of the same shape"):
             one.check(identity(model, site))
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 5), (3, 8), (8, 3), (7, 2, 2), (9,), (40, 2), (0, 4), (), (2 * SAMPLES + 3, 2)]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_it_reads_the_diagonal_wrapped_around(shape: tuple[int, ...], turned: bool) -> None:
+    """Every element by itself, as the definition says."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = weight.mT if turned and weight.ndim == 2 else weight
+    model: Any = nn.Module()
+    model.config = SimpleNamespace()
+    model.weight = nn.Parameter(weight)
+    rows, columns = (*weight.shape[:1], 1)[0], math.prod(weight.shape[1:])
+    longer = max(rows, columns) if weight.numel() else 0
+    matrix = weight.reshape(rows, columns)
+    read = [matrix[k % rows, k % columns] for k in range(0, longer, 1 + longer // SAMPLES)]
+    number = torch.tensor(read, dtype=torch.bfloat16).view(torch.int16).numpy().tobytes()
+    assert fingerprint(model) == f"{VERSION}:{hashlib.sha256(number).hexdigest()[:16]}"
 
 
 def plain_shapes() -> Any:
