@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from miner_lens.experiments.asking import Metric, Reading
 from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.statistics import averaged, costs
 from miner_lens.experiments.table import Trials
 from miner_lens.experiments.trials import Item as Item
-from miner_lens.experiments.trials import Metric, Reading, trials
+from miner_lens.experiments.trials import trials
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.scoring.scores import ImportanceScores
 from miner_lens.scoring.select import combine, default_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,9 +209,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    seen = PassInputs()
-    seen.configs = attention.configs_of(bridge)
-    seen.register(hf_model)
+    PassInputs(attention.configs_of(bridge)).watch(hf_model)
     return bridge
 
 
@@ -244,15 +242,15 @@ def past_length(inputs: Mapping[str, Any]) -> int:
 class PassInputs:
     """The inputs of the forward pass that is running, its token ids and its padding mask."""
 
-    def __init__(self) -> None:
+    def __init__(self, configs: Sequence[Any] = ()) -> None:
         self.all: dict[str, Any] = {}
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
         self.handles: list[Any] = []
         # Whose attention functions are to stay hooked, whatever is set.
-        self.configs: list[Any] = []
+        self.configs = list(configs)
 
-    def register(self, model: Any) -> None:
+    def watch(self, model: Any) -> None:
         """See each forward pass of a model from now on."""
         hf_model = hf_model_of(model)
         self.handles += [

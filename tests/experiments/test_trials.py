@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import miner_lens as ml
+from miner_lens.experiments.asking import Read
 from miner_lens.models import forcing
 from miner_lens.models.access import mlps
 from miner_lens.neurons.neuron_set import NeuronSet
@@ -179,7 +180,7 @@ def test_an_answer_that_goes_on_is_not_correct(shapes: Any) -> None:
 
 def test_half_precision_is_scored_in_single(shapes: Any) -> None:
     logits = torch.randn(3, 50).to(torch.bfloat16)
-    read = ml.trials.__globals__["_Read"].of(logits, (4, 7), [0])
+    read = Read.of(logits, (4, 7), [0])
     wide = logits.double().log_softmax(-1)
     assert read.logprob == pytest.approx(float(wide[0, 4] + wide[1, 7]), abs=1e-5)
     assert not read.right

@@ -15,7 +15,7 @@ import pytest
 
 import miner_lens as ml
 from miner_lens import files
-from miner_lens.experiments import scored
+from miner_lens.experiments import asking, scored
 from tests.running.test_distributed import everywhere, in_a_new_process, prepare
 
 
@@ -44,8 +44,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def killed_after(units: int) -> None:
     """Let this process be killed when it has done so many units."""
-    asking = ml.trials.__globals__["_Asking"]
-    run, done = asking.run, []
+    run, done = asking.Asking.run, []
 
     def counted(self: Any, asked: Any) -> int:
         if len(done) == units:
@@ -53,7 +52,7 @@ def killed_after(units: int) -> None:
         done.append(1)
         return int(run(self, asked))
 
-    asking.run = counted
+    asking.Asking.run = counted
 
 
 def processes_share_and_are_killed(folder: Path) -> None:
@@ -147,13 +146,13 @@ def test_what_greedy_decoding_is_known_to_give_is_not_generated(
     data = ml.datasets.load("easy-vqa", limit=6)
     data[2] = replace(data[2], answers=("a wrong answer",))
     generated: list[int] = []
-    generate = ml.trials.__globals__["generate_from"]
+    generate = asking.generate_from
 
     def counting(model: Any, inputs: Any, *options: Any) -> Any:
         generated.append(len(inputs["input_ids"]))
         return generate(model, inputs, *options)
 
-    monkeypatch.setitem(ml.trials.__globals__, "generate_from", counting)
+    monkeypatch.setattr(asking, "generate_from", counting)
 
     def asked(*conditions: ml.Condition, tokens: int = 4) -> ml.Trials:
         generated.clear()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import miner_lens as ml
+from miner_lens.experiments import asking
 from miner_lens.experiments.domains import SitesCondition
 from miner_lens.models.access import mlps
 from miner_lens.neurons.neuron_set import NeuronSet
@@ -89,13 +90,13 @@ def test_answers_are_generated_together(
 ) -> None:
     """With as many rows for each condition as are not known."""
     sizes: list[int] = []
-    generate = ml.trials.__globals__["generate_from"]
+    generate = asking.generate_from
 
     def counting(model: Any, inputs: Any, *options: Any) -> Any:
         sizes.append(len(inputs["input_ids"]))
         return generate(model, inputs, *options)
 
-    monkeypatch.setitem(ml.trials.__globals__, "generate_from", counting)
+    monkeypatch.setattr(asking, "generate_from", counting)
 
     def asked(together: int) -> ml.Trials:
         sizes.clear()
