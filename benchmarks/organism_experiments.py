@@ -10,6 +10,11 @@ import miner_lens as ml
 from benchmarks.lab import BATCH, RATIO, Lab, costs, markdown, spans
 from miner_lens.experiments.specificity import specificity_plan
 
+PUBLISHED_CONTRIBUTION = (
+    "Contribution, as published, is read where the answer is predicted, so it is the same for all "
+    "modalities of a prompt and selects hardly more than one set: its index can only be near 0."
+)
+
 
 def controls(lab: Lab) -> str:
     """All MSNs and each modality's, beside their controls."""
@@ -61,7 +66,10 @@ def specific(lab: Lab) -> str:
     heads = ["selection", "neurons each", "measure", "own", "other", "index"]
     costs_of = pd.concat(matrices)[["selection", "off", *lab.subject.inputs]]
     costs_of.columns = [*heads[:1], "off", *(f"asked about the {a}" for a in lab.subject.inputs)]
-    return f"{markdown(pd.concat(indices)[heads])}\n\nIn nats:\n\n{markdown(costs_of)}"
+    return (
+        f"{markdown(pd.concat(indices)[heads])}\n\n{PUBLISHED_CONTRIBUTION}\n\nIn nats:\n\n"
+        f"{markdown(costs_of)}"
+    )
 
 
 def compared(lab: Lab) -> str:
