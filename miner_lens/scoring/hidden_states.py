@@ -19,7 +19,14 @@ from miner_lens.scoring import convergence
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASURES = ("cka", "distance", "separability", "dimension")
+# The least and the greatest that each can be; an interval ends there at the latest.
+RANGES = {
+    "cka": (-np.inf, 1.0),
+    "distance": (0.0, np.inf),
+    "separability": (0.0, 1.0),
+    "dimension": (1.0, np.inf),
+}
+MEASURES = tuple(RANGES)
 LEAST = 4  # samples
 
 
@@ -76,8 +83,8 @@ class HiddenStates(Result):
 
         Returns:
             A table of the columns modality, other, measure, layer, samples, mean (the value), low
-            and high (95 % jackknife interval), null, null_low and null_high (mean, least and
-            greatest of the shuffles).
+            and high (95 % jackknife interval, which ends where the measure's range does), null,
+            null_low and null_high (mean, least and greatest of the shuffles).
 
         Raises:
             ValueError: A measure or modality is unknown, or a pair shares fewer than four samples.
@@ -95,10 +102,12 @@ class HiddenStates(Result):
             for layer in range(self.layers):
                 value, null = self._measure(measure, one, other, layer)
                 found = convergence.jackknife(value, self._count(one, other))
+                low, high = np.clip([found.low, found.high], *RANGES[measure])
                 shuffled = [null(rng) for _ in range(shuffles)]
                 about = (one, other, measure, layer, self._count(one, other))
                 least, greatest = min(shuffled), max(shuffled)
-                rows.append((*about, *found, float(np.mean(shuffled)), least, greatest))
+                null_of_it = (float(np.mean(shuffled)), least, greatest)
+                rows.append((*about, found.value, float(low), float(high), *null_of_it))
         names = ["modality", "other", "measure", "layer", "samples", "mean", "low", "high"]
         return pd.DataFrame(rows, columns=[*names, "null", "null_low", "null_high"])
 

@@ -77,6 +77,10 @@ def test_curves(states: ml.HiddenStates, tmp_path: Path) -> None:
         table.query("measure == 'distance' and other == 'image'")["mean"].iloc[0]
         > (table.query("measure == 'distance' and other == 'image'")["null_high"].iloc[0])
     )
+    shares, dimensions = (table[table["measure"] == one] for one in ("separability", "dimension"))
+    assert shares["low"].ge(0).all()
+    assert shares["high"].le(1).all()
+    assert dimensions["low"].ge(1).all()
     states.save(tmp_path / "states.safetensors")
     loaded = ml.HiddenStates.load(tmp_path / "states.safetensors")
     assert repr(loaded) == repr(states)
