@@ -65,8 +65,8 @@ def main() -> None:
         f"`python -m benchmarks.organisms {options.organism} --mined {options.mined} "
         f"--tried {options.tried}`: {options.mined} questions of {lab.subject.data} through each "
         f"input modality are mined, {options.tried} others tried. `correct`: greedy decoding "
-        "begins with the answer. Intervals are 95 % bootstrap intervals over questions, but those of "
-        "convergence, which are a jackknife's.\n"
+        "begins with the answer. Intervals are 95 % bootstrap intervals over questions, but those "
+        "of convergence, which are a jackknife's.\n"
     ]
     for part, (title, _) in PARTS.items():
         if (file := folder / f"{part}.md").exists():
