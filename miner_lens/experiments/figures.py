@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,24 @@ COLOURS = {
     "random": "#999999",
     "layer-matched": "#555555",
 }
+# For names that have no colour of their own, or whose colour another name has.
+OTHERS = ("#56b4e9", "#e69f00", "#882255", "#999933", "#332288", "#44aa99", "#999999")
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name: its own where it has one that is free, else one of the others.
+
+    Example:
+        >>> colours_of(["text", "last"]) == {"text": "#d55e00", "last": "#56b4e9"}
+        True
+    """
+    names, found = list(dict.fromkeys(names)), dict[str, str]()
+    for name in names:
+        if name in COLOURS and COLOURS[name] not in found.values():
+            found[name] = COLOURS[name]
+    free = [one for one in OTHERS if one not in found.values()]
+    rest = [name for name in names if name not in found]
+    return found | {name: free[n % len(free)] for n, name in enumerate(rest)}
 
 
 def panels(count: int, columns: int | None = None, height: float = 3.6) -> tuple[Figure, list[Any]]:

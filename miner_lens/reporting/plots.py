@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from miner_lens.experiments.figures import COLOURS
+from miner_lens.experiments.figures import COLOURS, colours_of
 from miner_lens.experiments.figures import panels as _figure
 
 if TYPE_CHECKING:
@@ -49,14 +49,13 @@ def curves(table: pd.DataFrame, measure: str, by: str = "modality") -> Figure:
     """
     rows = table[table["measure"] == measure] if "measure" in table else table
     figure, (panel,) = _figure(1)
+    colours = colours_of(map(str, rows[by]))
     for name, line in rows.groupby(by, sort=False):
-        colour = COLOURS.get(str(name))
-        (drawn,) = panel.plot(line["layer"], line["mean"], color=colour, label=name)
-        panel.fill_between(
-            line["layer"], line["low"], line["high"], color=drawn.get_color(), alpha=0.15
-        )
+        colour = colours[str(name)]
+        panel.plot(line["layer"], line["mean"], color=colour, label=name)
+        panel.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.15)
         if "null" in line:
-            panel.plot(line["layer"], line["null"], ":", color=drawn.get_color())
+            panel.plot(line["layer"], line["null"], ":", color=colour)
     panel.set(xlabel="layer", ylabel=measure)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
@@ -94,10 +93,9 @@ def scatter(table: pd.DataFrame) -> Figure:
         table: Columns `modality`, `x` and `y`, such as `HiddenStates.embed` makes.
     """
     figure, (panel,) = _figure(1)
+    colours = colours_of(map(str, table["modality"]))
     for name, rows in table.groupby("modality", sort=False):
-        panel.scatter(
-            rows["x"], rows["y"], s=8, alpha=0.6, color=COLOURS.get(str(name)), label=name
-        )
+        panel.scatter(rows["x"], rows["y"], s=8, alpha=0.6, color=colours[str(name)], label=name)
     panel.set(xticks=[], yticks=[])
     panel.legend(frameon=False, fontsize="small")
     return figure
@@ -138,13 +136,12 @@ def neurons_by_layer(neurons: Mapping[str, NeuronSet]) -> Figure:
 
 
 def _draw_layers(panel: Any, site: str, neurons: Mapping[str, NeuronSet]) -> None:
-    width = 0.8 / len(neurons)
+    width, colours = 0.8 / len(neurons), colours_of(neurons)
     for place, (modality, chosen) in enumerate(neurons.items()):
         layers = [
             layer + (place - (len(neurons) - 1) / 2) * width for layer in range(chosen.layers)
         ]
-        colour = COLOURS.get(modality)
-        panel.bar(layers, chosen.counts(), width, label=modality, color=colour)
+        panel.bar(layers, chosen.counts(), width, label=modality, color=colours[modality])
     panel.set(xlabel=f"layer of the {site}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(axis="y", alpha=0.3)

@@ -306,6 +306,22 @@ def test_the_bundle_is_not_needed_where_there_are_no_tokens(tmp_path: Path) -> N
     assert "sourceMappingURL" not in circuitsvis.bundle()
 
 
+def test_lines_of_a_figure_have_colours_of_their_own() -> None:
+    """Also where one name has another's, or none."""
+    names = ["image", "text", "special_text", "last", "video", "all", "random", "kind a", "kind b"]
+    table = pd.DataFrame(
+        {"layer": 0, "mean": 1.0, "low": 0.5, "high": 2.0, "modality": names, "x": 0.0, "y": 0.0}
+    )
+    lines = ml.plots.curves(table, "entropy").axes[0].get_lines()
+    colours = {line.get_label(): line.get_color() for line in lines}
+    assert list(colours) == sorted(names, key=names.index)
+    assert len(set(colours.values())) == len(names)
+    assert colours["text"] == COLOURS["text"]
+    assert colours["video"] == COLOURS["video"]
+    clouds = ml.plots.scatter(table).axes[0].collections
+    assert len({tuple(cloud.get_facecolor()[0]) for cloud in clouds}) == len(names)
+
+
 def test_a_figure_is_left_as_it_was() -> None:
     table = pd.DataFrame(
         {"layer": [0, 1], "mean": [1.0, 3.0], "low": 0.5, "high": 2.0, "modality": "<text>"}
