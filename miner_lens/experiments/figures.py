@@ -21,14 +21,14 @@ COLOURS = {
     "layer-matched": "#555555",
 }
 # For names that have no colour of their own, or whose colour another name has.
-OTHERS = ("#56b4e9", "#e69f00", "#882255", "#999933", "#332288", "#44aa99", "#999999")
+OTHERS = ("#882255", "#999933", "#332288", "#44aa99", "#56b4e9", "#e69f00", "#999999")
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name: its own where it has one that is free, else one of the others.
 
     Example:
-        >>> colours_of(["text", "last"]) == {"text": "#d55e00", "last": "#56b4e9"}
+        >>> colours_of(["text", "last"]) == {"text": "#d55e00", "last": "#882255"}
         True
     """
     names, found = list(dict.fromkeys(names)), dict[str, str]()
