@@ -11,10 +11,13 @@ from typing import Any
 import pandas as pd
 
 import miner_lens as ml
+from miner_lens.data.spoken_scenes import spoken_scenes
 from miner_lens.experiments.plan import Ablation, Data, Options, Plan
 from miner_lens.experiments.table import Trials
 
 BATCH = 16
+# What espeak-ng calls its English voices begins with the accent.
+ACCENTS = {"scottish": "en-gb-scotland", "american": "en-us", "caribbean": "en-029"}
 RATIO = 0.02
 # How many questions through each modality are tried in parts with many conditions.
 FEWER = {
@@ -52,8 +55,9 @@ SUBJECTS = {
     "smol-audio": Subject(
         "spoken-scenes",
         ("audio", "text"),
-        without=("domains", "transfer"),
+        without=("domains",),
         fewer={
+            "transfer": 12,
             **dict.fromkeys(("specific", "values"), 12),
             **dict.fromkeys(("ratios", "grid", "needed", "tuned", "texts"), 8),
             **dict.fromkeys(("compared", "lens", "flow", "voices"), 6),
@@ -168,6 +172,15 @@ class Lab:
             file.parent.mkdir(parents=True, exist_ok=True)
             found.save(file)
         return ml.ImportanceScores.load(file)
+
+
+def by_accent() -> dict[str, list[ml.Sample]]:
+    """Spoken scenes by the accent of the voice."""
+    spoken = spoken_scenes(label="voice")
+    return {
+        accent: [sample for sample in spoken if str(sample.label).startswith(prefix)]
+        for accent, prefix in ACCENTS.items()
+    }
 
 
 def shown_as(result: Any) -> str:

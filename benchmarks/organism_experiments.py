@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 import miner_lens as ml
-from benchmarks.lab import BATCH, RATIO, Lab, costs, markdown, spans
+from benchmarks.lab import BATCH, RATIO, Lab, by_accent, costs, markdown, spans
 from miner_lens.experiments.specificity import specificity_plan
 
 PUBLISHED_CONTRIBUTION = (
@@ -124,14 +124,15 @@ def needed(lab: Lab) -> str:
 
 def transferred(lab: Lab) -> str:
     """Mined on one data set, off on another."""
-    (own, *others) = lab.subject.sets
     mined, tried = lab.mined_count, lab.questions("transfer")
-    data = {own[0]: lab.asked("transfer")[own[1]]}
-    scores = {own[0]: ml.mine(lab.model, lab.mined[own[1]], batch_size=BATCH)}
-    for name, ask in others:
-        some = ml.datasets.load(name, limit=mined + tried, ask=ask)
-        data[name] = some[mined:]
-        scores[name] = ml.mine(lab.model, some[:mined], batch_size=BATCH)
+    every = {
+        name: ml.datasets.load(name, limit=mined + lab.tried_count, ask=ask)
+        for name, ask in lab.subject.sets
+    } or by_accent()
+    scores = {
+        name: ml.mine(lab.model, some[:mined], batch_size=BATCH) for name, some in every.items()
+    }
+    data = {name: some[mined:][:tried] for name, some in every.items()}
     parts = []
     for modality in (None, lab.subject.inputs[0]):
         found = ml.experiments.transfer(

@@ -8,13 +8,10 @@ from typing import Any
 import pandas as pd
 
 import miner_lens as ml
-from benchmarks.lab import BATCH, RATIO, Lab, markdown, shown_as, spans
+from benchmarks.lab import BATCH, RATIO, Lab, by_accent, markdown, shown_as, spans
 from miner_lens.data.labelled import labelled
-from miner_lens.data.spoken_scenes import spoken_scenes
 
 SHOWN = (0, 5, 10, 15, 20, 25, 29)  # layers
-# What espeak-ng calls its English voices begins with the accent.
-ACCENTS = {"scottish": "en-gb-scotland", "american": "en-us", "caribbean": "en-029"}
 
 
 def lens(lab: Lab) -> str:
@@ -210,11 +207,7 @@ def texts(lab: Lab) -> str:
 
 def voices(lab: Lab) -> str:
     """Accents of the voices as domains, in the decoder and in the audio tower."""
-    spoken = spoken_scenes(label="voice")
-    groups = {
-        accent: [sample for sample in spoken if str(sample.label).startswith(prefix)]
-        for accent, prefix in ACCENTS.items()
-    }
+    groups = by_accent()
     first = {accent: some[:24] for accent, some in groups.items()}
     last = {accent: some[24 : 24 + lab.questions("voices")] for accent, some in groups.items()}
     return domain_neurons(lab, first, last, ["llm", "audio"])
