@@ -7,17 +7,29 @@ embeddings (`vision`, `audio`, `projector`) are found in the model itself; see
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from miner_lens.models.experts import expert_mlp, experts_of
+from miner_lens.models.hook import ContextHook
 from miner_lens.models.identity import SITES
-from miner_lens.models.items import MEDIA_INPUTS, Items, Rows, items_of, owners, rows_of_call
+from miner_lens.models.items import (
+    MEDIA_INPUTS,
+    Rows,
+    items_of,
+    masks_beside,
+    owners,
+    owners_of_rows,
+    require_read,
+    rows_of_call,
+)
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.structure import (
     ACTIVATION_NAMES,
@@ -25,6 +37,7 @@ from miner_lens.models.structure import (
     MLP,
     Stack,
     decoder_of,
+    joined,
     part,
     plain,
     stacks,
@@ -40,18 +53,17 @@ class Call:
     """One call of a tower within a forward pass.
 
     Attributes:
-        modality: What all of its items are.
-        items: What its items are, on the CPU.
+        rows: What the rows of its heap are, on the CPU.
         samples: Which sample each item belongs to, rising.
     """
 
-    modality: str
-    items: Items
+    rows: Rows
     samples: tuple[int, ...]
 
-    def spans(self, rows: Rows) -> list[tuple[int, int, int]]:
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
         """(sample, first row, row after the last) of each sample that has items in this call."""
-        owner = torch.tensor(self.samples)[rows.items]
+        owner = torch.tensor(self.samples)[self.rows.items]
         samples, counts = torch.unique_consecutive(owner, return_counts=True)
         stops = counts.cumsum(0)
         starts = stops - counts
@@ -130,29 +142,99 @@ class Tower(Site):
         module: nn.Module = _component(hf_model, name) or part(hf_model, name)
         return module
 
-    def rows(self, hf_model: Any, arguments: Mapping[str, Any], shape: Sequence[int]) -> Rows:
-        """What the rows of X, of that shape, are in one call of `module` with these arguments."""
-        return rows_of_call(self.module(hf_model), arguments, shape)
+    def told(self, hf_model: Any) -> list[nn.Module]:
+        """The modules whose arguments say what its rows are: `module`, and one within or after."""
+        layer, blocks = self._stack.layers[0].activation, self._stack.blocks
+        inner = self._stack.module
+        if blocks is not None:
+            inner = joined(blocks, layer.removeprefix(f"{blocks}.").partition(".")[0])
+        modules = [self.module(hf_model), _held(hf_model, inner)]
+        return list(dict.fromkeys(modules))
 
-    def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
-        """The calls that a forward pass with these model inputs makes: one for each modality.
+    def rows(
+        self, hf_model: Any, calls: Sequence[Mapping[str, Any]], shape: Sequence[int]
+    ) -> Rows:
+        """What the rows of X, of that shape, are in one call of the tower.
+
+        Args:
+            hf_model: The Hugging Face model.
+            calls: The arguments by name that the modules of `told` were given, `module` first.
+            shape: Of X.
+        """
+        return rows_of_call(self.module(hf_model), calls, shape)
+
+    def media(self, inputs: Mapping[str, Any]) -> list[str]:
+        """The modalities among a model's inputs, for each of which the tower is called once."""
+        return [m for m in self.modalities if inputs.get(MEDIA_INPUTS[m]) is not None]
+
+    def call(
+        self,
+        hf_model: Any,
+        inputs: Mapping[str, Any],
+        modality: str,
+        calls: Sequence[Mapping[str, Any]],
+        shape: Sequence[int],
+    ) -> Call:
+        """Whose the rows are in the call for a modality, while it runs.
+
+        Args:
+            hf_model: The Hugging Face model.
+            inputs: The model's inputs.
+            modality: One of `media`.
+            calls: As for `rows`.
+            shape: Of X.
 
         Raises:
-            ValueError: The media do not fill the placeholders.
+            ValueError: The media do not fill the placeholders, or which rows are padding is not
+                known.
         """
-        tokens = media_tokens(hf_model.config)
-        calls = []
-        for modality in self.modalities:
-            if inputs.get(MEDIA_INPUTS[modality]) is None:
-                continue
-            encoder = hf_model.get_encoder(modality=modality)
-            items = items_of(hf_model, encoder, inputs, modality)
-            placeholders = (inputs["input_ids"] == tokens[modality]).sum(-1).tolist()
-            each = items.tokens
-            if each is None:
-                each = [sum(placeholders) // max(1, len(items.sizes))] * len(items.sizes)
-            calls.append(Call(modality, items, owners(placeholders, each)))
-        return calls
+        token = media_tokens(hf_model.config)[modality]
+        placeholders = (inputs["input_ids"] == token).sum(-1).tolist()
+        encoder = hf_model.get_encoder(modality=modality)
+        items, name = items_of(hf_model, encoder, inputs, modality), MEDIA_INPUTS[modality]
+        count = int(torch.Size(shape[:-1]).numel())
+        rows = self.rows(hf_model, calls, shape) if items is None else items.rows(count)
+        # What becomes a token is no padding, whatever it is made of.
+        if items is None and not (self.name == "projector" and count == sum(placeholders)):
+            require_read(rows, masks_beside(inputs, name))
+        if items is not None and items.tokens is not None:
+            return Call(rows, owners(placeholders, items.tokens))
+        return Call(*owners_of_rows(placeholders, rows, len(inputs[name])))
+
+
+class ToldCalls:
+    """What a tower's modules are told in the call that is running, or was the last one.
+
+    Attributes:
+        arguments: By name, of each module's call since the first module was called.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.arguments: list[dict[str, Any]] = []
+        self._outer = modules[0]
+        self._handles = []
+        for module in modules:
+            see = partial(self._see, inspect.signature(plain(module).forward))
+            hook = ContextHook(see)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _see(
+        self,
+        signature: inspect.Signature,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        bound = signature.bind(*args, **kwargs)
+        more = bound.arguments.pop("kwargs", {})
+        if module is self._outer:
+            self.arguments = []
+        self.arguments = [*self.arguments, bound.arguments | more]
+
+    def stop(self) -> None:
+        """See no more calls."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def _component(hf_model: Any, path: str) -> Any:

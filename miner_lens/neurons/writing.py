@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -17,10 +16,9 @@ from miner_lens.models.access import layout
 from miner_lens.models.bridge import PassInputs
 from miner_lens.models.devices import offloaded_weights
 from miner_lens.models.experts import ExpertProjection
-from miner_lens.models.hook import ContextHook
 from miner_lens.models.inside import hf_model_of
-from miner_lens.models.sites import Tower
-from miner_lens.models.structure import MLP, plain
+from miner_lens.models.sites import ToldCalls, Tower
+from miner_lens.models.structure import MLP
 from miner_lens.neurons.neuron_set import NeuronSet
 
 
@@ -89,41 +87,40 @@ class TowerRows(PassInputs):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
-        self._arguments: dict[str, Any] | None = None
+        self._told: ToldCalls | None = None
         self._hf_model: Any = None
-        self._there: tuple[Tensor, Tensor] | None = None
+        self._there: tuple[Any, Tensor, Tensor] | None = None
         self._count = 0
 
     def watch(self, model: Any) -> None:
         """See each call of the tower from now on."""
-        hf_model = hf_model_of(model)
-        module: Any = self.tower.module(hf_model)
-        self._hf_model = hf_model
-        signature = inspect.signature(plain(module).forward)
+        self._hf_model = hf_model_of(model)
+        self._told = ToldCalls(self.tower.told(self._hf_model))
 
-        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._arguments = signature.bind(*args, **kwargs).arguments
-            self._there = None
-
-        self.handles.append(module.register_forward_pre_hook(ContextHook(see), with_kwargs=True))
+    def stop(self) -> None:
+        """See no more calls."""
+        if self._told is not None:
+            self._told.stop()
+        self._told = self._there = None
 
     def chosen(self) -> None:
         """In a tower every row is ablated."""
 
     def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
         """The smallest X of the image, video or clip that each row belongs to."""
-        if self._arguments is None:
+        told = self._told.arguments if self._told is not None else []
+        if not told:
             raise ValueError(
                 f"value='min' needs to see the {self.tower.name} tower called as a whole, to know "
                 "which rows are one image, video or clip. Call the model or the whole tower, or "
                 "give another value."
             )
-        if self._there is None:
+        if self._there is None or self._there[0] is not told:
             # Once a call, not in every layer.
-            rows = self.tower.rows(self._hf_model, self._arguments, x.shape)
-            self._there = rows.items.to(x.device), rows.real.to(x.device)
+            rows = self.tower.rows(self._hf_model, told, x.shape)
+            self._there = told, rows.items.to(x.device), rows.real.to(x.device)
             self._count = int(rows.items[-1]) + 1
-        items, real = (tensor.to(x.device) for tensor in self._there)
+        items, real = (tensor.to(x.device) for tensor in self._there[1:])
         by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
         by_item = by_row.new_full((self._count,), torch.inf)
         by_item.scatter_reduce_(0, items, by_row, "amin")

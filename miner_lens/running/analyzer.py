@@ -199,6 +199,8 @@ class Analyzer(Stateful, ABC, Generic[R]):
         """Hand what passes through a point to `see`, with its gradient as soon as there is one."""
         call, there = self._calls[point], x.detach()
         self._calls[point] += 1
+        if point.site != "llm":
+            batch.towers[point.site].view(call, there)  # while it is known what the call is told
         if not self.needs_gradients:
             self._hand_over((there,), point, call, batch)
         elif x.requires_grad:
@@ -246,7 +248,7 @@ class Analyzer(Stateful, ABC, Generic[R]):
             RuntimeError: A point was passed another number of times than thought.
         """
         for point, calls in self._calls.items():
-            thought = 1 if point.site == "llm" else len(batch.towers[point.site].calls)
+            thought = 1 if point.site == "llm" else len(batch.towers[point.site].modalities)
             if calls != thought:
                 raise RuntimeError(
                     f"{point.name} should have run {thought} times in this pass, but ran {calls} "

@@ -85,7 +85,7 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
     last: list[Tensor] = []
 
     def begin(embedded: Tensor, hook: Any) -> None:
-        running.clear()
+        close()
         # Some families embed other tokens in the place of media.
         ids = embedded if inputs.ids is None else inputs.ids
         former, last[:] = tuple(last), [ids]
@@ -98,9 +98,15 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
         analyzer.open(batch, model.original_model)
         running.append(batch)
 
+    def close() -> None:
+        while running:
+            for tower in running.pop().towers.values():
+                tower.close()
+
     def end(last_seen: Tensor, hook: Any) -> None:
         if running and not is_aside():
-            batch = running.pop()
+            batch = running[0]
+            close()
             if analyzer.needs_logits:
                 batch.once("output", lambda: SimpleNamespace(logits=last_seen.detach()))
             analyzer.end(batch)

@@ -227,6 +227,9 @@ def forward(
     except ValueError as error:
         # Such as fewer placeholders than the media have tokens.
         raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error
+    finally:
+        for tower in batch.towers.values():
+            tower.close()
     if objective is not None:
         _descend(output.logits, batch, objective if callable(objective) else answer_logprob)
         output.logits = output.logits.detach()
