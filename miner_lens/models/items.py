@@ -61,19 +61,25 @@ class Items:
     sizes: Sequence[int]
     real: Bool[Tensor, " row"] | None = None
 
-    def rows(self, count: int) -> Rows:
-        """What so many rows are.
+    def rows(self, shape: Sequence[int]) -> Rows:
+        """What the rows of X are.
+
+        Args:
+            shape: Of X, [item row neuron], or [row neuron] in one heap.
 
         Raises:
             ValueError: The items cannot have so many rows.
         """
+        count = int(torch.Size(shape[:-1]).numel())
         if self.real is not None and count % len(self.sizes) == 0:
             # Padding fills all of them up to one size.
             longest = count // len(self.sizes)
             numbers = _numbers(torch.full((len(self.sizes),), longest))
             if len(self.real) == count:
                 return Rows(self.real, numbers)
-            if self.tokens is not None and longest >= max(self.tokens):  # after a projector
+            apart = len(shape) > 2 and shape[0] == len(self.sizes)
+            if apart and self.tokens is not None and longest >= max(self.tokens):
+                # After the tower, where rows are those of tokens.
                 tokens = torch.tensor(self.tokens)[:, None]
                 return Rows((torch.arange(longest) < tokens).flatten(), numbers)
         sizes = torch.tensor(self.sizes)
@@ -113,23 +119,28 @@ def items_of(
     if grid is not None:
         sizes = grid.prod(-1).cpu()
         return Items((sizes // _merged(tower)).tolist(), sizes.tolist())
-    masks = masks_beside(inputs, MEDIA_INPUTS[modality])
+    masks = masks_beside(inputs, inputs[MEDIA_INPUTS[modality]])
     if modality == "audio" and masks:
         return _clips(tower, *masks.values())
     return None
 
 
 def _clips(tower: Any, *masks: Tensor) -> Items | None:
-    # The name that transformers' audio encoders give it; a few return one length and not two.
-    lengths: Any = getattr(plain(tower), "_get_feat_extract_output_lengths", None)
     mask = masks[0].flatten(0, -2)
-    counted = None if lengths is None else lengths(mask.sum(-1).cpu())
-    if not isinstance(counted, tuple):
+    counted = _frames_and_tokens(tower, mask.sum(-1).cpu())
+    longest = _frames_and_tokens(tower, torch.tensor(mask.shape[-1]))
+    if counted is None or longest is None:
         return None
-    frames, tokens = (one.tolist() for one in counted)
-    longest, _ = lengths(torch.tensor(mask.shape[-1]))
-    real = torch.arange(int(longest)) < torch.tensor(frames)[:, None]
-    return Items(tokens, frames, real.flatten())
+    frames, tokens = counted
+    real = torch.arange(int(longest[0])) < frames[:, None]
+    return Items(tokens.tolist(), frames.tolist(), real.flatten())
+
+
+def _frames_and_tokens(tower: Any, lengths: Tensor) -> tuple[Tensor, Tensor] | None:
+    # The name that transformers' audio encoders give it; a few return one length and not two.
+    count: Any = getattr(plain(tower), "_get_feat_extract_output_lengths", None)
+    counted = None if count is None else count(lengths)
+    return counted if isinstance(counted, tuple) else None
 
 
 def _merged(tower: Any) -> int:
@@ -137,22 +148,21 @@ def _merged(tower: Any) -> int:
     return int(plain(tower).config.spatial_merge_size) ** 2
 
 
-def masks_beside(inputs: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The masks of a medium among a model's inputs: 0 and 1, of some of the medium's own axes.
+def masks_beside(inputs: Mapping[str, Any], medium: Tensor) -> dict[str, Tensor]:
+    """The masks of a medium among the inputs of a model or tower, which also have the medium.
 
-    Args:
-        inputs: The model's inputs.
-        name: Of the medium among them.
+    They are 0 and 1, and of some of the medium's own axes.
     """
-    medium, ids = inputs[name], inputs["input_ids"]
-    found = {}
-    for other, value in inputs.items():
-        if not isinstance(value, Tensor) or value.shape == ids.shape or value.ndim < 2:
+    of_tokens = getattr(inputs.get("input_ids"), "shape", None)
+    masks = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.shape == of_tokens:
             continue
-        axes = iter(medium.shape)
-        if value.ndim < medium.ndim and all(size in axes for size in value.shape) and _binary(value):
-            found[other] = value
-    return found
+        axes, fewer = iter(medium.shape[1:]), 1 < value.ndim < medium.ndim
+        of_items = fewer and len(value) == len(medium)
+        if of_items and all(size in axes for size in value.shape[1:]) and _binary(value):
+            masks[name] = value
+    return masks
 
 
 def _binary(value: Tensor) -> bool:
@@ -174,20 +184,22 @@ def rows_of_call(tower: Any, calls: Sequence[Mapping[str, Any]], shape: Sequence
     grid = arguments.get("grid_thw")
     if isinstance(grid, Tensor):
         sizes = grid.prod(-1).cpu()
-        return Items(None, sizes.tolist()).rows(count)
+        return Items(None, sizes.tolist()).rows(shape)
     lengths = arguments.get("feature_lens")
-    if isinstance(lengths, Tensor):
-        frames, _ = plain(tower)._get_feat_extract_output_lengths(lengths.cpu())
-        return Items(None, frames.tolist()).rows(count)
+    counted = _frames_and_tokens(tower, lengths.cpu()) if isinstance(lengths, Tensor) else None
+    if counted is not None:
+        return Items(None, counted[0].tolist()).rows(shape)
     pixels = arguments.get("image_sizes")
     heap = len(shape) == 2 or shape[0] == 1
     if pixels is not None and heap:
         side = plain(tower).config.patch_size
         sizes = torch.as_tensor(pixels).cpu() // side
-        return Items(None, sizes.prod(-1).tolist()).rows(count)
+        return Items(None, sizes.prod(-1).tolist()).rows(shape)
     given = next(value for value in arguments.values() if isinstance(value, Tensor))
     items = len(given) if heap else shape[0]
-    return Items(None, [1] * items, visible(calls, items, count)).rows(count)
+    rows = Items(None, [1] * items, visible(calls, items, count)).rows(shape)
+    require_read(rows, masks_beside(arguments, given))
+    return rows
 
 
 def visible(calls: Sequence[Mapping[str, Any]], items: int, count: int) -> Tensor | None:
@@ -241,10 +253,12 @@ def require_read(rows: Rows, masks: Mapping[str, Tensor]) -> None:
         return
     per_item = int(sizes.max())
     for name, mask in masks.items():
-        if not bool(mask.all()) and _hides(mask, per_item):
+        # Or it counts media, and those that fill up a sample are left out.
+        read = bool(mask.all()) or int(mask.sum()) == len(sizes) < mask.numel()
+        if not read and _hides(mask, per_item):
             raise ValueError(
-                f"The input {name!r} says that a part of the media is padding, and the model does "
-                f"not tell its tower which of the {per_item} rows of each these are. Give media "
+                f"The input {name!r} says that a part of the media is padding, and not which of the "
+                f"{per_item} rows that the tower makes of each these are. Give media "
                 "of one size, so that nothing is padded, or mine another site; a function in the "
                 f"entry-point group {ENTRY_POINTS!r} can say."
             )
@@ -296,6 +310,17 @@ def owners(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]
             f"({', '.join(map(str, sizes))})."
         )
     return tuple(result)
+
+
+def rows_of_tokens(placeholders: Sequence[int]) -> tuple[Rows, tuple[int, ...]]:
+    """Rows of which each fills one placeholder: what belongs to a sample is one item.
+
+    Args:
+        placeholders: Number of placeholder tokens in each sample.
+    """
+    samples = tuple(sample for sample, tokens in enumerate(placeholders) if tokens)
+    numbers = _numbers(torch.tensor([placeholders[sample] for sample in samples]))
+    return Rows(torch.ones(len(numbers), dtype=torch.bool), numbers), samples
 
 
 def _whole(tokens: Tensor) -> list[int]:

@@ -29,6 +29,7 @@ from miner_lens.models.items import (
     owners_of_rows,
     require_read,
     rows_of_call,
+    rows_of_tokens,
 )
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.structure import (
@@ -190,16 +191,21 @@ class Tower(Site):
         """
         token = media_tokens(hf_model.config)[modality]
         placeholders = (inputs["input_ids"] == token).sum(-1).tolist()
-        encoder = hf_model.get_encoder(modality=modality)
-        items, name = items_of(hf_model, encoder, inputs, modality), MEDIA_INPUTS[modality]
+        encoder, given = hf_model.get_encoder(modality=modality), inputs[MEDIA_INPUTS[modality]]
+        items = items_of(hf_model, encoder, inputs, modality)
         count = int(torch.Size(shape[:-1]).numel())
-        rows = self.rows(hf_model, calls, shape) if items is None else items.rows(count)
-        # What becomes a token is no padding, whatever it is made of.
-        if items is None and not (self.name == "projector" and count == sum(placeholders)):
-            require_read(rows, masks_beside(inputs, name))
-        if items is not None and items.tokens is not None:
-            return Call(rows, owners(placeholders, items.tokens))
-        return Call(*owners_of_rows(placeholders, rows, len(inputs[name])))
+        if items is not None:
+            rows = items.rows(shape)
+            if items.tokens is not None:
+                return Call(rows, owners(placeholders, items.tokens))
+        elif len(shape) == 2 and count == sum(placeholders):  # each becomes a token, in order
+            return Call(*rows_of_tokens(placeholders))
+        else:
+            rows = self.rows(hf_model, calls, shape)
+            # What becomes a token is no padding, whatever it is made of.
+            if self.name != "projector" or count != sum(placeholders):
+                require_read(rows, masks_beside(inputs, given))
+        return Call(*owners_of_rows(placeholders, rows, len(given)))
 
 
 class ToldCalls:
