@@ -13,7 +13,7 @@ from torch import Tensor
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.collate import Inputs as Inputs
-from miner_lens.models.collate import collate
+from miner_lens.models.collate import MASK, collate, masked
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 from miner_lens.models.mistral import is_mistral, with_sound_files
 
@@ -70,18 +70,29 @@ def render(
                 return _as_text(processor, opened, add_generation_prompt)
             if is_mistral(processor.tokenizer):
                 opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
-            batch = processor.apply_chat_template(
-                opened,
-                tokenize=True,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
-            )
+            # Where padding would not be told from tokens, it is of ours.
+            tells = MASK in processor.tokenizer.model_input_names
+            parts = [opened] if tells else [[one] for one in opened]
+            apart = [_with_media(processor, part, add_generation_prompt) for part in parts]
         except (ValueError, KeyError, IndexError, TypeError, TemplateError) as error:
             # Such as a text that spells out more placeholders than there are media, or what a chat
             # template refuses.
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
+    if len(apart) > 1:
+        return collate(apart, processor.tokenizer.pad_token_id or 0)
+    return masked(apart[0])
+
+
+def _with_media(processor: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Inputs:
+    """What the processor makes of conversations, as one batch."""
+    batch = processor.apply_chat_template(
+        opened,
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
+    )
     # PaliGemma's processor adds labels, for training.
     return {name: value for name, value in batch.items() if name != "labels"}
 
