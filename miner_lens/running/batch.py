@@ -209,7 +209,7 @@ class TowerPass:
             )
 
         # Layers may have other numbers of rows, as where patches are merged on the way.
-        return whole.once(("view", self.tower.name, call, x.device, shape[:-1]), make)
+        return whole.once(("view", self.tower.name, call, shape[:-1], x.device), make)
 
     def padded(self, x: Tensor, call: int) -> tuple[Tensor, TowerBatch]:
         """Each sample's rows of a call, [sample pos ...], zero where padded, and their batch."""

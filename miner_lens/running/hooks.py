@@ -66,9 +66,42 @@ def _hand(analyzer: Any, point: Point, running: Running, x: Tensor, hook: Any) -
     if is_aside():
         return
     if batch is not None:
+        if point.site == "llm":
+            require_positions(x, point.name, batch, _position_axes(point, hook))
         analyzer.receive(x, point, batch)
     elif point.site != "llm":
         raise RuntimeError(OUTSIDE.format(tower=point.site))
+
+
+def _position_axes(point: Point, hook: Any) -> tuple[int, ...]:
+    """The axes of a hook point that are positions, as TransformerLens says."""
+    axis = getattr(hook, "pos_dim", None)
+    if axis is not None:
+        return (axis,)
+    return (-2, -1) if point.name.endswith(("hook_pattern", "hook_attn_scores")) else (1,)
+
+
+def require_positions(x: Tensor, name: str, batch: Batch, axes: tuple[int, ...] = (1,)) -> None:
+    """Refuse what does not have the samples and positions of a batch's masks.
+
+    Args:
+        x: What passes through a point of the decoder, [sample ...].
+        name: Of the point.
+        batch: What the pass is about.
+        axes: Those that are positions.
+
+    Raises:
+        RuntimeError: The positions are others.
+    """
+    samples, positions = next(iter(batch.masks.values())).shape
+    there = [-x.ndim <= axis < x.ndim and x.shape[axis] == positions for axis in axes]
+    if len(x) != samples or not all(there):
+        raise RuntimeError(
+            f"{name} gives {list(x.shape)}, where the masks of the batch have {samples} samples of "
+            f"{positions} positions, so it cannot be told which token is where. Read a point that "
+            "all of a prompt's positions pass through; an analyzer that reads logits sets "
+            "needs_logits."
+        )
 
 
 def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
