@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -31,6 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
+from miner_lens.models.holders import held
 from miner_lens.models.structure import ACTIVATION_NAMES, MLP, children, plain
 
 # Those of models whose experts have no forward of ours.
@@ -228,11 +229,19 @@ def uninstall(block: Any) -> None:
 def passing(mlps: Iterable[MLP]) -> Iterator[None]:
     """Have X of experts pass by while the context is open, also of a model in no bridge."""
     blocks = [mlp.down.block for mlp in mlps if isinstance(mlp.down, ExpertProjection)]
-    installed = [block for block in blocks if install(block)]
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(held(("experts", block), partial(_passing, block)))
+        yield
+
+
+@contextmanager
+def _passing(block: nn.Module) -> Iterator[None]:
+    installed = install(block)
     try:
         yield
     finally:
-        for block in installed:
+        if installed:
             uninstall(block)
 
 

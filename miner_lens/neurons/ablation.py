@@ -106,13 +106,13 @@ def ablation_hooks(
             "ablation_hooks cannot write 'min' in a tower: hook points do not say which rows are "
             "one image or clip. Use ml.ablate, which can."
         )
-    seen = pass_inputs(model)
+    tokens = tokens.of(pass_inputs(model))
     place = sites.find(hf_model_of(model), write.site)
     layers = mlps(model, write.site)
     write.check(layers)
     hooks: list[Hook] = []
     for layer, target in write.targets(layers, hf_model_of(model)).items():
-        hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
+        hooks.append((place.activation_point(layer), _point_hook(write, tokens, target)))
     return hooks
 
 
@@ -217,39 +217,34 @@ class PreparedAblation:
         for one, rows in placed:
             where = {} if rows is None else {"rows": [rows.start, rows.stop]}
             stack.enter_context(noted(self._hf_model, one.description | where))
-            one._watch(stack, rows)
+            tokens = one._tokens.of(PassInputs(), rows)
+            stack.callback(tokens.inputs.stop)
+            if one._write.needs_tokens:
+                tokens.watch(self._model)
             for layer, target in one._targets.items():
-                by_layer.setdefault(layer, []).append(_Part(one, target, rows))
+                by_layer.setdefault(layer, []).append(_Part(one._write, target, tokens, rows))
         stack.callback(hooks.remove)
         for layer, parts in by_layer.items():
             _write_into(self._layers[layer].activation, hooks, parts, batch)
         hooks.watch(self._runs)
         return hooks
 
-    def _watch(self, stack: ExitStack, rows: slice | None) -> None:
-        """Know of each pass what must be known of its tokens, in these rows."""
-        stack.callback(self._tokens.stop)
-        if isinstance(self._tokens, Tokens):
-            self._tokens.rows = slice(None) if rows is None else rows
-        if self._write.needs_tokens:
-            self._tokens.watch(self._model)
-
 
 @dataclass(frozen=True)
 class _Part:
     """What an ablation writes in a layer, in some rows of the batch; None: in all."""
 
-    ablation: PreparedAblation
+    does: Write
     target: Target
+    tokens: Tokens | TowerRows
     rows: slice | None
 
     def write(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row neuron"]:
         """X with what is written; in place where no gradient is wanted."""
-        one = self.ablation
         if self.rows is None:
-            return one._write(x, self.target, one._tokens)
+            return self.does(x, self.target, self.tokens)
         some = x[self.rows]
-        new = one._write(some, self.target, one._tokens)
+        new = self.does(some, self.target, self.tokens)
         if new is some:
             return x
         return torch.cat([x[: self.rows.start], new, x[self.rows.stop :]])
@@ -307,9 +302,8 @@ def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
     )
 
 
-def _point_hook(write: Write, tokens: Tokens | TowerRows, seen: PassInputs, target: Target) -> Any:
+def _point_hook(write: Write, tokens: Tokens | TowerRows, target: Target) -> Any:
     def hook(x: Tensor, hook: Any) -> Tensor:
-        tokens.ids, tokens.real = seen.ids, seen.real
         # What a hook point hands out may be cached by others, so it is not changed in place.
         return write(x.clone(), target, tokens)
 
