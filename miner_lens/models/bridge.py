@@ -272,9 +272,14 @@ class PassInputs:
         running = self.running
         return {} if running is None else running.calls[0].arguments | {"input_ids": running.ids}
 
-    def watch(self, model: Any) -> None:
-        """See each forward pass of a model from now on."""
-        for module in way_to_decoder(hf_model_of(model)):
+    def watch(self, model: Any, way: Sequence[nn.Module] = ()) -> None:
+        """See each forward pass of a model from now on.
+
+        Args:
+            model: The model.
+            way: Its `way_to_decoder`, where that has been looked up.
+        """
+        for module in way or way_to_decoder(hf_model_of(model)):
             self.watch_calls(module)
             self.handles.append(module.register_forward_hook(self.forget, always_call=True))
 

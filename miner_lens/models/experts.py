@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
 from miner_lens.models.holders import held
+from miner_lens.models.hook import ContextHook
 from miner_lens.models.structure import ACTIVATION_NAMES, MLP, children, plain
 
 # Those of models whose experts have no forward of ours.
@@ -349,7 +350,10 @@ def _replaced(experts: Any, through: Callable[[Tensor], Tensor]) -> Iterator[Non
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(
-        one._forward_hooks or one._forward_pre_hooks or one._backward_hooks
+    hooks = (
+        hook
         for one in module.modules()
+        for some in (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks)
+        for hook in some.values()
     )
+    return any(not isinstance(hook, ContextHook) or hook.applies() for hook in hooks)

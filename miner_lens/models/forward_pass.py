@@ -75,9 +75,11 @@ class ForwardPass:
     Attributes:
         calls: Those that have begun: of the model, of the modules in it that have its decoder in
             them, and of the decoder, as far as they are called.
+        grad: Whether gradients were wanted when it began.
     """
 
     def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
         self.calls: list[Call] = []
         self._made: dict[Hashable, Any] = {}
 

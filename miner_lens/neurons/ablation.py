@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from miner_lens.models import sites
 from miner_lens.models.access import identity, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
+from miner_lens.models.checkpointing import is_checkpointed
 from miner_lens.models.experts import passing
 from miner_lens.models.inside import (
     bare,
@@ -107,12 +109,13 @@ def ablation_hooks(
             "one image or clip. Use ml.ablate, which can."
         )
     tokens = tokens.of(pass_inputs(model))
-    place = sites.find(hf_model_of(model), write.site)
+    hf_model = hf_model_of(model)
+    place = sites.find(hf_model, write.site)
     layers = mlps(model, write.site)
     write.check(layers)
     hooks: list[Hook] = []
-    for layer, target in write.targets(layers, hf_model_of(model)).items():
-        hooks.append((place.activation_point(layer), _point_hook(write, tokens, target)))
+    for layer, target in write.targets(layers, hf_model).items():
+        hooks.append((place.activation_point(layer), _point_hook(hf_model, write, tokens, target)))
     return hooks
 
 
@@ -155,7 +158,11 @@ def opened_in_rows(
             "what passes there are patches or frames. Try that condition by itself."
         )
     with ExitStack() as stack:
-        hooks = placed[0][0].open_all(stack, placed, end) if placed else ContextHooks()
+        hooks = (
+            placed[0][0].open_all(stack, placed, end)
+            if placed
+            else ContextHooks(hf_model_of(model))
+        )
         yield
         hooks.warn_if_idle(lambda: is_compiled(model), stacklevel=3)
 
@@ -210,20 +217,18 @@ class PreparedAblation:
             placed: Each with the rows of the batch that it is for; None: all.
             batch: How many rows there are, where some are named.
         """
-        hooks = ContextHooks()
+        hooks = ContextHooks(self._hf_model, [partial(passing, self._layers), uncompiled])
         by_layer: dict[int, list[_Part]] = {}
-        stack.enter_context(passing(self._layers))
-        stack.enter_context(uncompiled())
+        stack.enter_context(hooks.open())
         for one, rows in placed:
             where = {} if rows is None else {"rows": [rows.start, rows.stop]}
             stack.enter_context(noted(self._hf_model, one.description | where))
             tokens = one._tokens.of(PassInputs(), rows)
-            stack.callback(tokens.inputs.stop)
+            hooks.know(tokens.inputs)
             if one._write.needs_tokens:
                 tokens.watch(self._model)
             for layer, target in one._targets.items():
                 by_layer.setdefault(layer, []).append(_Part(one._write, target, tokens, rows))
-        stack.callback(hooks.remove)
         for layer, parts in by_layer.items():
             _write_into(self._layers[layer].activation, hooks, parts, batch)
         hooks.watch(self._runs)
@@ -302,9 +307,22 @@ def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
     )
 
 
-def _point_hook(write: Write, tokens: Tokens | TowerRows, target: Target) -> Any:
+def _point_hook(
+    hf_model: Any, write: Write, tokens: Tokens | TowerRows, target: Target
+) -> Callable[..., Tensor]:
     def hook(x: Tensor, hook: Any) -> Tensor:
+        running = tokens.inputs.running
+        if running is not None and running.grad and hf_model.training:
+            running.once("checkpointed", lambda: _refuse_checkpointed(hf_model))
         # What a hook point hands out may be cached by others, so it is not changed in place.
         return write(x.clone(), target, tokens)
 
     return hook
+
+
+def _refuse_checkpointed(hf_model: Any) -> None:
+    if is_checkpointed(hf_model):
+        raise ValueError(
+            "Gradient checkpointing computes layers again for the backward pass, when these hooks "
+            "may be gone. Use ml.ablate, which is there again, or switch checkpointing off."
+        )

@@ -21,7 +21,7 @@ from miner_lens.models.forward_pass import ForwardPass
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.modality import Masks
 from miner_lens.models.sites import Tower
-from miner_lens.models.structure import MLP
+from miner_lens.models.structure import MLP, way_to_decoder
 from miner_lens.neurons.neuron_set import NeuronSet
 
 
@@ -50,6 +50,7 @@ class Tokens:
     def __init__(self, model: Any, at: str | None) -> None:
         self.inputs = PassInputs()
         self.rows = slice(None)
+        self._way = way_to_decoder(hf_model_of(model))
         self.at = at
         self.layout = None if at is None else layout(model)
         if self.layout is not None:
@@ -65,7 +66,7 @@ class Tokens:
 
     def watch(self, model: Any) -> None:
         """See each pass of a model from now on."""
-        self.inputs.watch(model)
+        self.inputs.watch(model, self._way)
 
     def chosen(self) -> Bool[Tensor, "batch pos"] | None:
         """The tokens of the modality to ablate at, or None where it is everywhere."""
