@@ -358,10 +358,11 @@ def _attach_experts(mlp: Any) -> bool:
     """Have X of a layer's experts pass through a hooked `act` component."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    if "act" in mlp._modules or experts.experts_of(mlp) is None:
+    known = experts.experts_of(mlp)
+    if "act" in mlp._modules or known is None:
         return False
     component = GeneralizedComponent(name="experts")
-    component.set_original_component(experts.ExpertNeurons())
+    component.set_original_component(experts.neurons_of(known))
     mlp.add_module("act", component)
     return experts.install(mlp, component)
 

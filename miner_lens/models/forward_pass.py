@@ -15,7 +15,7 @@ from torch import Tensor
 from miner_lens.models.structure import plain
 
 # What an additive mask adds where nothing is attended to is this or less; biases are more.
-MASKED = -1e4
+MASKED = -9e3
 
 UNKNOWN = (
     "Which tokens of this pass are padding cannot be told: {why}. Call the model with "
@@ -119,11 +119,15 @@ class ForwardPass:
         made: Tensor | None = self.once(("real", len(self.calls)), self._real)
         return made
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several samples, as transformers finds out where there is no mask."""
+        made: bool = self.once("packed", self._packed)
+        return made
+
     def _real(self) -> Tensor | None:
         masks = list(self._masks())
         if not masks:
-            if self._is_packed():
-                raise ValueError(UNKNOWN.format(why="its position_ids begin anew within a row"))
             return None
         by_token = [(call, mask) for call, mask in masks if _ndim(mask) == 2]
         by_pair = [(call, mask) for call, mask in masks if _ndim(mask) == 4]
@@ -147,8 +151,7 @@ class ForwardPass:
             masks = mask.values() if isinstance(mask, Mapping) else [mask]
             yield from ((call, one) for one in masks if one is not None)
 
-    def _is_packed(self) -> bool:
-        """Whether rows have several samples, as transformers finds out where there is no mask."""
+    def _packed(self) -> bool:
         for call in self.calls:
             positions = _tensor(call, "position_ids")
             if call.past is None and positions is not None and positions.ndim == 2:
@@ -181,20 +184,19 @@ class ForwardPass:
         first = self._first(call, mask.shape[-1])
         if first < 0 or mask.shape[-2] not in (1, pos):
             raise ValueError(UNKNOWN.format(why=f"its attention_mask is {list(mask.shape)}"))
-        seen = (mask if mask.dtype == torch.bool else mask > MASKED).any(1)
-        own = seen[:, :, first : first + pos]
+        own = mask[..., first : first + pos]
+        own = (own if own.dtype == torch.bool else own > MASKED).any(1)
         real = own.any(1)
         if handmade and own.shape[1] == pos > 1:
-            itself = torch.eye(pos, dtype=torch.bool, device=own.device)
-            others = own & ~itself
-            looks = others.any(2) | seen[:, :, :first].any(2)
-            alone = real & ~looks & ~others.any(1) & (real.sum(1, keepdim=True) > 1)
+            others = own & ~torch.eye(pos, dtype=torch.bool, device=own.device)
+            # Nobody attends to the last token, and to any other of padding that attends to itself.
+            unseen = (real & ~others.any(1)).sum(1) > 1
             ahead = others.triu() & ~others.mT
-            if bool(alone.any() | ahead.any()):
+            if bool(unseen.any() | ahead.any()):
                 raise ValueError(
                     UNKNOWN.format(
-                        why="its attention_mask of four dimensions has tokens that attend to "
-                        "themselves alone, or to later ones that do not attend to them"
+                        why="its attention_mask of four dimensions has several tokens to which "
+                        "they alone attend, or that attend to later ones which do not attend back"
                     )
                 )
         return real

@@ -50,3 +50,8 @@ def held(key: Hashable, context: Callable[[], AbstractContextManager[Any]]) -> I
             if not change.holders:
                 del _changes[key]
                 change.context.__exit__(None, None, None)
+
+
+def is_held(key: Hashable) -> bool:
+    """Whether a change is in force."""
+    return key in _changes

@@ -70,13 +70,22 @@ class Tokens:
 
     def chosen(self) -> Bool[Tensor, "batch pos"] | None:
         """The tokens of the modality to ablate at, or None where it is everywhere."""
-        running, known = self.inputs.running, self.layout
-        if running is None or running.ids is None or known is None:
+        running = self.inputs.running
+        if running is None or running.ids is None or self.at is None:
             return None
-        ids, real = running.ids[self.rows], running.real
-        real = None if real is None else real[self.rows]
-        masks: Masks = running.once(self, lambda: known.masks(ids, real))
-        return masks[self.at or "prompt"]
+        mask: Tensor = running.once(self, lambda: self._chosen(running))
+        return mask
+
+    def _chosen(self, running: ForwardPass) -> Tensor:
+        known: Any = self.layout
+        try:
+            real = running.real
+        except ValueError:
+            if self.at not in known.media:
+                raise
+            real = None  # padding is no medium
+        masks: Masks = known.masks(running.ids, real)
+        return masks[str(self.at)][self.rows]
 
     def lowest(self, x: Float[Tensor, "batch pos neuron"]) -> Float[Tensor, "batch 1 1"]:
         """The smallest X of each sample's real tokens."""
@@ -87,9 +96,17 @@ class Tokens:
                 f"one sample's and real, and the MLP's activation function gives {list(x.shape)}. "
                 "Call the model, or give another value."
             )
-        if running.real is not None:
-            x = x.masked_fill(~running.real[self.rows].to(x.device)[..., None], torch.inf)
-        return x.amin(dim=(-2, -1), keepdim=True)
+        if running.real is None:
+            if running.packed:
+                raise ValueError(
+                    "value='min' is the smallest X of each sample, and the position_ids of this "
+                    "pass say that a row has several. Give each sample a row of its own."
+                )
+            return x.amin(dim=(-2, -1), keepdim=True)
+        real = running.real[self.rows].to(x.device)[..., None]
+        lowest = x.masked_fill(~real, torch.inf).amin(dim=(-2, -1), keepdim=True)
+        # Anything finite where all is padding, as in a chunk of a prompt.
+        return lowest.masked_fill(~real.any(1, keepdim=True), 0)
 
 
 class TowerRows:
@@ -134,6 +151,7 @@ class TowerRows:
         by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
         by_item = by_row.new_full((count,), torch.inf)
         by_item.scatter_reduce_(0, items, by_row, "amin")
+        by_item = by_item.masked_fill(by_item == torch.inf, 0)  # an item of padding alone
         return by_item[items].view(*x.shape[:-1], 1)
 
     def _rows(self, running: ForwardPass, x: Tensor) -> tuple[Tensor, Tensor, int]:
