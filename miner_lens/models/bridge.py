@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,7 +209,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs(attention.configs_of(bridge)).watch(hf_model)
+    PassInputs().watch(hf_model)
     return bridge
 
 
@@ -242,13 +242,11 @@ def past_length(inputs: Mapping[str, Any]) -> int:
 class PassInputs:
     """The inputs of the forward pass that is running, its token ids and its padding mask."""
 
-    def __init__(self, configs: Sequence[Any] = ()) -> None:
+    def __init__(self) -> None:
         self.all: dict[str, Any] = {}
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
         self.handles: list[Any] = []
-        # Whose attention functions are to stay hooked, whatever is set.
-        self.configs = list(configs)
 
     def watch(self, model: Any) -> None:
         """See each forward pass of a model from now on."""
@@ -265,10 +263,6 @@ class PassInputs:
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the Hugging Face model."""
-        if self.configs:
-            from miner_lens.models import attention
-
-            attention.keep(self.configs)
         self.ids = kwargs.get("input_ids", args[0] if args else None)
         self.all = kwargs | {"input_ids": self.ids}
         self.real = None
