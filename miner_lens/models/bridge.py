@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
+from miner_lens.models.structure import ACTIVATION_NAMES, decoder_of, mlp_names, part, walk
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,6 +28,9 @@ UNKNOWN = (
     "it in the entry-point group 'transformer_lens.architectures'; see "
     "docs/adding-a-model-family.md."
 )
+
+# The argument by which a model is told of how many positions logits are wanted.
+KEEP = "logits_to_keep"
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
 # attention function before, and the name after.
@@ -239,6 +243,14 @@ def past_length(inputs: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of a decoder that would compute its last layers at few positions.
+
+    Those are the ones whose logits are wanted; the model's head is shown no more than them anyhow.
+    """
+    return args, {name: value for name, value in kwargs.items() if name != KEEP}
+
+
 class PassInputs:
     """The inputs of the forward pass that is running, its token ids and its padding mask."""
 
@@ -255,6 +267,9 @@ class PassInputs:
             hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
             hf_model.register_forward_hook(self.forget, always_call=True),
         ]
+        decoder = decoder_of(hf_model)
+        if KEEP in inspect.signature(decoder.forward).parameters:
+            self.handles.append(decoder.register_forward_pre_hook(_keep_all, with_kwargs=True))
 
     def stop(self) -> None:
         """See no more passes."""
