@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.sites import HOOKS, Tower, sites
+from miner_lens.models.structure import children
 
 REBUILT = (
     "TransformerLens rebuilds this model's attention, with a [head, query, key] tensor in every "
@@ -42,25 +42,8 @@ Output = tuple[Tensor, Tensor | None]
 BRIDGE = "_miner_lens_bridge"
 # And what it has multiplied QK^T by; some have it in the queries already, and multiply by 1.
 SCALE = "_miner_lens_scale"
-# The call of its attention function that is running.
-CALL = "_miner_lens_call"
-# And what tells that transformers' interface is hooked.
+# What tells that transformers' interface is hooked.
 HOOKED = "_miner_lens_hooked"
-
-
-@dataclass
-class AttentionCall:
-    """What reaches an attention function beside queries, keys and values.
-
-    Hooks on queries and keys may read it by `running_call`, and write another mask into it.
-
-    Attributes:
-        mask: The mask as that function takes it.
-        options: All other arguments, by name.
-    """
-
-    mask: Any
-    options: dict[str, Any]
 
 
 def attentions_of(bridge: Any) -> list[Any]:
@@ -80,21 +63,27 @@ def rebuilt(attentions: list[Any]) -> list[Any]:
     return [bridge for bridge in attentions if not _is_native(bridge)]
 
 
-def unreadable(bridge: Any) -> list[Any]:
-    """Attentions of the decoder of which no hook point has queries and keys as they are multiplied.
+def unreadable(bridge: Any) -> str | None:
+    """Why no hook point has a decoder's queries and keys as they are multiplied; None where it has.
 
     They are computed by neither Hugging Face's interface nor TransformerLens, or normed after RoPE,
-    or choose which keys they look at (DeepSeek's sparse attention).
+    or choose which keys they look at (DeepSeek's sparse attention), or a layer has none, as with
+    linear attention.
     """
     from transformer_lens.model_bridge.generalized_components import GlmMoeDsaAttentionBridge
 
-    return [
-        one
-        for one in attentions_of(bridge)
-        if (_is_native(one) and _config(one) is None)
-        or (not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False))
-        or isinstance(one, GlmMoeDsaAttentionBridge)
-    ]
+    for layer, block in enumerate(bridge.blocks):
+        one = block._modules.get("attn")
+        if one is None:
+            parts = ", ".join(children(block))
+            return f"layer {layer} has no attention by queries and keys, but {parts}"
+        if _is_native(one) and _config(one) is None:
+            return f"layer {layer} computes attention outside transformers' interface"
+        if not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False):
+            return f"layer {layer} norms them after RoPE"
+        if isinstance(one, GlmMoeDsaAttentionBridge):
+            return f"layer {layer} chooses which keys are looked at"
+    return None
 
 
 def rotated_points(bridge: Any, layer: int) -> tuple[str, str]:
@@ -116,12 +105,6 @@ def scale_of(attention: Any) -> float | None:
     module = getattr(attention, "original_component", None) or attention
     scale = vars(module).get(SCALE, getattr(module, "scaling", None))
     return float(scale) if isinstance(scale, int | float) else None
-
-
-def running_call(attention: Any) -> AttentionCall | None:
-    """Return the call of native attention that is running; None where none is."""
-    call: AttentionCall | None = vars(attention.original_component).get(CALL)
-    return call
 
 
 def install(bridge: Any) -> None:
@@ -288,15 +271,11 @@ def _hooked(
 ) -> Output:
     if options.get("scaling") is not None:
         vars(module)[SCALE] = options["scaling"]
-    call = vars(module)[CALL] = AttentionCall(attention_mask, options)
-    try:
-        query, key = bridge.hook_rot_q(query), bridge.hook_rot_k(key)
-    finally:
-        del vars(module)[CALL]
+    query, key = bridge.hook_rot_q(query), bridge.hook_rot_k(key)
     if function is sdpa_attention_forward and _reads_pattern(bridge):
         causal = options.get("is_causal", getattr(module, "is_causal", True))
-        function, call.mask = eager, _additive(call.mask, causal, query, key)
-    return function(module, query, key, value, call.mask, **options)
+        function, attention_mask = eager, _additive(attention_mask, causal, query, key)
+    return function(module, query, key, value, attention_mask, **options)
 
 
 def _reads_pattern(bridge: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES, decoder_of, mlp_names, part, walk
+from miner_lens.models.structure import ACTIVATION_NAMES, decoder_of, mlp_names, part, plain, walk
+from miner_lens.models.unchanged import CHANGED, NOT_COMPARED, difference, short_logits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -43,7 +45,9 @@ _added: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = weakref.We
 
 
 def wrap(
-    hf_model: PreTrainedModel, processor: ProcessorMixin | Any | None = None
+    hf_model: PreTrainedModel,
+    processor: ProcessorMixin | Any | None = None,
+    check: bool = True,
 ) -> TransformerBridge:
     """Turn a loaded Hugging Face model into a `TransformerBridge` with neuron hook points.
 
@@ -54,9 +58,13 @@ def wrap(
         hf_model: The model; its weights stay where and what they are. It may have PEFT adapters.
             Wrappers around it (torch.compile, DistributedDataParallel, PEFT) are looked through.
         processor: Its processor. Without one, feed prepared inputs instead of messages.
+        check: Compare the logits of a short prompt before and after, and refuse a model whose
+            logits differ by more than rounding. A warning says why where they cannot be compared,
+            as with offloaded weights.
 
     Raises:
-        ValueError: The model family is unknown or the model is wrapped already.
+        ValueError: The model family is unknown, the model is wrapped already, or its logits are
+            others in a bridge; then it is as it was.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -69,6 +77,7 @@ def wrap(
             "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
     _require_adapter(hf_model)
+    expected = short_logits(hf_model) if check else None
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
@@ -82,6 +91,7 @@ def wrap(
         tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    _keep_attention(bridge, configs, before)
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
     _added[hf_model] = [
@@ -94,7 +104,26 @@ def wrap(
     bridge.modality_layout = (
         None if tokenizer is None else layout_for(architecture, hf_model.config, tokenizer)
     )
-    return prepare(bridge)
+    prepare(bridge)
+    if expected is not None:
+        _require_unchanged(bridge, expected)
+    return bridge
+
+
+def _require_unchanged(bridge: Any, expected: Tensor | str) -> None:
+    """Refuse a bridge in which a model's logits are others than were expected, and undo it."""
+    hf_model, got = hf_model_of(bridge), expected
+    if isinstance(expected, Tensor):
+        got = short_logits(hf_model)
+    if isinstance(expected, str) or isinstance(got, str):
+        warnings.warn(NOT_COMPARED.format(why=got), stacklevel=3)
+        return
+    apart, rounding = difference(expected, got)
+    if apart > rounding:
+        adapter = type(bridge.adapter).__name__
+        unwrap(bridge)
+        told = {"architecture": type(hf_model).__name__, "adapter": adapter}
+        raise ValueError(CHANGED.format(apart=apart, rounding=rounding, **told))
 
 
 def prepared_bridge(model: Any) -> Any:
@@ -170,6 +199,20 @@ def _take_out(module: nn.Module) -> None:
                 getattr(getattr(child, "_hf_hook", None), "original_devices", {}).pop("bias", None)
         if child is not None:
             _take_out(child)
+
+
+def _keep_attention(bridge: Any, configs: list[Any], names: list[Any]) -> None:
+    """Leave to TransformerLens the names of attention functions where it computes attention."""
+    from miner_lens.models import attention
+
+    components = attention.rebuilt(attention.attentions_of(bridge))
+    computed = {id(getattr(plain(component), "config", None)) for component in components}
+    set_by_it = [config._attn_implementation for config in configs]
+    for config, name, theirs in zip(configs * 2, names * 2, set_by_it * 2, strict=True):
+        # Twice, as setting a config's name sets those of the configs below it.
+        wanted = theirs if id(config) in computed else name
+        if config._attn_implementation != wanted:
+            config._attn_implementation = wanted
 
 
 def _configs(hf_model: nn.Module) -> list[Any]:

@@ -97,14 +97,15 @@ def last_logits(hf_model: Any, count: int | None = 1) -> Iterator[None]:
         hf_model: The model.
         count: Of how many; None: of all, so that nothing changes.
     """
-    head = None if count is None else hf_model.get_output_embeddings()
-    if head is None:
+    head = hf_model.get_output_embeddings()
+    if count is None or head is None:
         yield
         return
+    last = slice(-count, None)
 
     def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         cannot = is_aside() or not args or args[0].ndim < 3
-        return None if cannot else (args[0][:, -count:], *args[1:])
+        return None if cannot else (args[0][:, last], *args[1:])
 
     handle = head.register_forward_pre_hook(cut)
     try:
