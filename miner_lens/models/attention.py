@@ -167,8 +167,9 @@ def _fusible(bridge: Any) -> list[tuple[Any, str]]:
     names: dict[int, tuple[Any, str]] = {}
     for one in _native(bridge):
         module = one.original_component
-        name = owners[module].get_correct_attn_implementation(None)
-        names.setdefault(id(module.config), (module.config, name))
+        if module in owners:
+            name = owners[module].get_correct_attn_implementation(None)
+            names.setdefault(id(module.config), (module.config, name))
     return list(names.values())
 
 
