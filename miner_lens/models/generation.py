@@ -15,7 +15,7 @@ from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
-from miner_lens.models.mistral import is_mistral, with_sound_files
+from miner_lens.models.processing import read
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
 _HARMLESS = {
@@ -42,7 +42,10 @@ _rendering = threading.Lock()
 
 
 def prepare_inputs(
-    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
 ) -> Inputs:
     """Render conversations with the model's processor, on the model's device, left-padded.
 
@@ -50,11 +53,15 @@ def prepare_inputs(
         ValueError: The model has no processor.
         SampleError: A medium cannot be read, or the processor refuses the conversation.
     """
-    return to_device(render(model, conversations, add_generation_prompt), input_device(model))
+    rendered = render(model, conversations, add_generation_prompt, **processor_kwargs)
+    return to_device(rendered, input_device(model))
 
 
 def render(
-    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
 ) -> Inputs:
     """What `prepare_inputs` returns, still on the CPU."""
     processor = processor_of(model)
@@ -64,37 +71,25 @@ def render(
             "(ml.load does), or pass prepared model inputs."
         )
     with _rendering:
-        opened = [load_media(messages, processor) for messages in conversations]
+        opened = [load_media(one, processor, **processor_kwargs) for one in conversations]
         try:
             if not hasattr(processor, "tokenizer"):
-                return _as_text(processor, opened, add_generation_prompt)
-            if is_mistral(processor.tokenizer):
-                opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
-            batch = processor.apply_chat_template(
-                opened,
-                tokenize=True,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
-            )
+                return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
+            return read(processor, opened, add_generation_prompt, processor_kwargs)
+        except SampleError:
+            raise
         except (ValueError, KeyError, IndexError, TypeError, TemplateError) as error:
             # Such as a text that spells out more placeholders than there are media, or what a chat
             # template refuses.
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
-    # PaliGemma's processor adds labels, for training.
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _videos(opened: Sequence[Sequence[Message]]) -> dict[str, Any]:
-    """What a processor is told of videos, whose frames `load_media` has sampled."""
-    contents = [message["content"] for messages in opened for message in messages]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    known = [part.pop("metadata") for part in parts if part["type"] == "video"]
-    return {"video_metadata": known, "do_sample_frames": False} if known else {}
-
-
-def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Inputs:
+def _as_text(
+    tokenizer: Any,
+    opened: Sequence[Any],
+    add_generation_prompt: bool,
+    tokenizer_kwargs: Mapping[str, Any],
+) -> Inputs:
     """What a model without media reads, one conversation at a time, as padding is of ours."""
     apart = [
         dict(
@@ -104,6 +99,7 @@ def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool)
                 add_generation_prompt=add_generation_prompt,
                 return_dict=True,
                 return_tensors="pt",
+                tokenizer_kwargs=dict(tokenizer_kwargs),
             )
         )
         for messages in opened
@@ -134,19 +130,26 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def inputs(model: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> Inputs:
+def inputs(
+    model: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
+) -> Inputs:
     """Turn messages into what `model(**inputs)` and `model.run_with_cache(**inputs)` take.
 
     Args:
         model: A bridge with a processor, or a Hugging Face model with a `.processor`.
         messages: One conversation in Hugging Face chat format.
         add_generation_prompt: Whether to end with the opening of the assistant's turn.
+        processor_kwargs: Passed on to the processor, such as `max_pixels` or `num_frames`, by
+            name or as `images_kwargs`, `videos_kwargs`, `audio_kwargs` and `text_kwargs`.
 
     Returns:
         Keyword arguments on the model's device. The token ids are called `input` for a bridge,
         as TransformerLens calls them, and `input_ids` for a Hugging Face model.
     """
-    batch = prepare_inputs(model, [messages], add_generation_prompt)
+    batch = prepare_inputs(model, [messages], add_generation_prompt, **processor_kwargs)
     if is_bridge(bare(model)):
         batch = {"input": batch.pop("input_ids"), **batch}
     return batch
@@ -156,6 +159,7 @@ def generate(
     model: Any,
     messages: Sequence[Message] | Sequence[Sequence[Message]],
     max_new_tokens: int = 128,
+    processor_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str | list[str]:
     """Answer a conversation, or a batch of them, with all hooks and ablations live.
@@ -168,6 +172,7 @@ def generate(
         model: A bridge with a processor.
         messages: One conversation in Hugging Face chat format, or a list of conversations.
         max_new_tokens: How many tokens to generate at most.
+        processor_kwargs: Passed on to the processor, as `apply_chat_template` takes them.
         options: Passed on to Hugging Face's `generate`.
 
     Returns:
@@ -177,7 +182,7 @@ def generate(
         raise ValueError("There is no message to answer.")
     single = isinstance(messages[0], dict)
     conversations: Any = [messages] if single else messages
-    batch = prepare_inputs(model, conversations)
+    batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
     answers = generate_from(model, batch, max_new_tokens, **options)
     return answers[0] if single else answers
 

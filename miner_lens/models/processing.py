@@ -1,0 +1,262 @@
+"""Conversations through a processor, each medium read with its own options."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miner_lens.data.media import told_of
+from miner_lens.data.sample import SampleError
+from miner_lens.data.sounds import audio_reader, sound_rate
+from miner_lens.models.mistral import is_mistral, with_sound_files
+
+Opened = Sequence[Sequence[Any]]
+
+# The longest sound that each processor has been seen to hear to its end, in samples, and with what
+# settings.
+_heard: WeakKeyDictionary[Any, tuple[str, int]] = WeakKeyDictionary()
+
+
+def read(
+    processor: Any, opened: Opened, add_generation_prompt: bool, processor_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a processor makes of conversations, as Hugging Face calls it, left-padded.
+
+    Args:
+        processor: A processor with a tokenizer.
+        opened: Conversations from `load_media`.
+        add_generation_prompt: Whether to end with the opening of the assistant's turn.
+        processor_kwargs: What the processor is told besides, as `apply_chat_template` takes it.
+
+    Raises:
+        SampleError: The processor drops the end of a sound, or cannot read media with different
+            options in one call.
+    """
+    told = dict(processor_kwargs)
+    # For the text alone: an audio reader's own padding is what its tower takes.
+    padding = {"padding": True, "padding_side": "left"}
+    padding = {name: value for name, value in padding.items() if name not in told}
+    told["text_kwargs"] = padding | told.get("text_kwargs", {})
+
+    def call(conversations: Opened, **more: Any) -> dict[str, Any]:
+        return _call(processor, conversations, add_generation_prompt, told | more)
+
+    batch = call(opened)
+    _check_rates(opened, batch, call, told)
+    _check_sounds(processor, opened, call, told_of(processor, "audio", told))
+    return batch
+
+
+def _call(
+    processor: Any, opened: Opened, add_generation_prompt: bool, told: dict[str, Any]
+) -> dict[str, Any]:
+    parts = {kind: list(_parts(opened, kind)) for kind in ("image", "video", "audio")}
+    reader = processor
+    for kind in ("image", "video"):
+        pixels = [_pixels(part) for part in parts[kind]]
+        if any(pixels):
+            name = f"{kind}_processor"
+            reader = copy.copy(reader)
+            setattr(reader, name, _Apart(getattr(processor, name), pixels))
+    if parts["video"]:
+        told = told | {
+            "video_metadata": [dict(part["metadata"]) for part in parts["video"]],
+            "do_sample_frames": False,
+        }
+        rates = _rates(parts["video"])
+        if len(rates) == 1 and None not in rates and "fps" not in told:
+            told["videos_kwargs"] = told.get("videos_kwargs", {}) | {"fps": rates.pop()}
+    if len(parts["audio"]) > 1 and not _pads(processor):
+        told["audio_kwargs"] = {"padding": True} | told.get("audio_kwargs", {})
+    plain: Any = [[_plain(message) for message in messages] for messages in opened]
+    if is_mistral(processor.tokenizer):
+        plain = with_sound_files(plain, sound_rate(processor))
+    batch = reader.apply_chat_template(
+        plain,
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=told,
+    )
+    # PaliGemma's processor adds labels, for training.
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _parts(opened: Opened, kind: str) -> Iterator[Any]:
+    for messages in opened:
+        for message in messages:
+            if not isinstance(message["content"], str):
+                yield from (part for part in message["content"] if part["type"] == kind)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what `load_media` adds for us."""
+    content = message["content"]
+    if not isinstance(content, str):
+        ours = ("metadata", "options")
+        content = [
+            {name: value for name, value in part.items() if name not in ours}
+            if part["type"] in ("image", "video")
+            else part
+            for part in content
+        ]
+    return {**message, "content": content}
+
+
+def _pixels(part: Mapping[str, Any]) -> dict[str, Any]:
+    options = part.get("options", {})
+    return {name: value for name, value in options.items() if name.endswith("_pixels")}
+
+
+def _rates(parts: Sequence[Any]) -> set[float | None]:
+    return {part.get("options", {}).get("fps") for part in parts}
+
+
+class _Apart:
+    """A part of a processor that reads each medium by itself, with options of its own."""
+
+    def __init__(self, reader: Any, options: Sequence[Mapping[str, int]]) -> None:
+        self._reader, self._options = reader, options
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def __call__(self, media: Any, **told: Any) -> Any:
+        from transformers.feature_extraction_utils import BatchFeature
+        from transformers.image_utils import make_flat_list_of_images
+        from transformers.video_utils import make_batched_videos
+
+        metadata = told.pop("video_metadata", None)
+        flat = make_flat_list_of_images(media) if metadata is None else make_batched_videos(media)
+        apart = []
+        for number, (medium, options) in enumerate(zip(flat, self._options, strict=True)):
+            own = self._limits(told, options) if options else {}
+            if metadata is not None:
+                own["video_metadata"] = [metadata[number]]
+            apart.append(self._reader([medium], **told | own))
+        try:
+            return BatchFeature({name: _joined([one[name] for one in apart]) for name in apart[0]})
+        except RuntimeError as error:
+            raise SampleError(
+                f"{type(self._reader).__name__} cannot read media with different options in one "
+                f"batch: {error}"
+            ) from error
+
+    def _limits(self, told: Mapping[str, Any], options: Mapping[str, int]) -> dict[str, Any]:
+        size = dict(told.get("size") or getattr(self._reader, "size", None) or {})
+        # Their new name, where a processor has both.
+        renamed = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        if not all(size.get(name) for name in renamed.values()):
+            return dict(options)
+        edges = {name: size[name] for name in renamed.values()}
+        return {"size": edges | {renamed[name]: value for name, value in options.items()}}
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    return [item for value in values for item in value]
+
+
+def _pads(processor: Any) -> bool:
+    """True if a processor makes sounds of different lengths one tensor without being told."""
+    if "padding" in getattr(processor, "audio_kwargs", {}):
+        return True
+    padding = inspect.signature(audio_reader(processor).__call__).parameters.get("padding")
+    return padding is None or bool(padding.default)
+
+
+def _check_rates(
+    opened: Opened, batch: Mapping[str, Any], call: Callable[..., Any], told: Mapping[str, Any]
+) -> None:
+    """Refuse videos of several rates where the processor is told one rate for all of them."""
+    rates = _rates(list(_parts(opened, "video")))
+    if len(rates) < 2 or "fps" in told:
+        return
+    group = told.get("videos_kwargs", {})
+    for rate in rates - {None}:
+        if not _equal(batch, call(opened, videos_kwargs=group | {"fps": rate})):
+            raise SampleError(
+                "This model's processor takes one fps for all videos in a call: give all of them "
+                "the same fps, or one video at a time."
+            )
+
+
+def _equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    return one.keys() == two.keys() and all(_same(one[name], two[name]) for name in one)
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.shape == two.shape and torch.equal(one, two)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_same, one, two))
+    return bool(one == two)
+
+
+def _check_sounds(
+    processor: Any, opened: Opened, call: Callable[..., Any], told: Mapping[str, Any]
+) -> None:
+    """Refuse sounds whose end makes no difference to the model's inputs."""
+    longest = max((len(part["audio"]) for part in _parts(opened, "audio")), default=0)
+    if not longest:
+        return
+    reader = audio_reader(processor)
+    own = {name: v for name, v in vars(processor).items() if isinstance(v, int | float | str)}
+    settings = repr((reader.to_dict(), own, told))
+    before, heard = _heard.get(processor, ("", 0))
+    heard = heard if before == settings else 0
+    if longest <= heard:
+        return
+    for messages in opened:
+        for part in _parts([messages], "audio"):
+            if len(part["audio"]) > heard:
+                _check_end(messages, part, sound_rate(processor, told), call)
+    _heard[processor] = (settings, longest)
+
+
+def _check_end(messages: Sequence[Any], part: Any, rate: int, call: Callable[..., Any]) -> None:
+    sound: np.ndarray = part["audio"]
+    expected = call([messages])
+
+    def same(changed: np.ndarray) -> bool:
+        """True if the model's inputs are those of the whole sound."""
+        try:
+            return _equal(expected, call([_with_sound(messages, part, changed)]))
+        except Exception:  # Too short for the processor, say.
+            return False
+
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, rate // 2).astype(np.float32)
+    end = rate // 100
+    # Features are made of whole frames, so that a rest of a frame makes no difference either; with
+    # more behind it, it does.
+    if not same(np.concatenate([sound[:-end], noise[:end]])) or not same(
+        np.concatenate([sound, noise])
+    ):
+        return
+    unheard, enough = 0, len(sound)
+    while enough - unheard > end:
+        middle = (unheard + enough) // 2
+        unheard, enough = (unheard, middle) if same(sound[:middle]) else (middle, enough)
+    raise SampleError(
+        f"The sound lasts {len(sound) / rate:.1f} s; the model hears "
+        f"{math.ceil(20 * enough / rate) / 20:g} s. Cut it into pieces."
+    )
+
+
+def _with_sound(messages: Sequence[Any], part: Any, sound: np.ndarray) -> list[Any]:
+    def swapped(content: Any) -> Any:
+        if isinstance(content, str):
+            return content
+        return [{**one, "audio": sound} if one is part else one for one in content]
+
+    return [{**message, "content": swapped(message["content"])} for message in messages]
