@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -197,9 +196,9 @@ def _equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
 
 def _same(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor):
-        return one.shape == two.shape and torch.equal(one, two)
+        return isinstance(two, Tensor) and one.shape == two.shape and torch.equal(one, two)
     if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(_same, one, two))
+        return isinstance(two, list | tuple) and len(one) == len(two) and all(map(_same, one, two))
     return bool(one == two)
 
 
@@ -225,32 +224,35 @@ def _check_sounds(
 
 
 def _check_end(messages: Sequence[Any], part: Any, rate: int, call: Callable[..., Any]) -> None:
-    sound: np.ndarray = part["audio"]
-    expected = call([messages])
-
-    def same(changed: np.ndarray) -> bool:
-        """True if the model's inputs are those of the whole sound."""
+    def inputs(sound: np.ndarray) -> Any:
         try:
-            return _equal(expected, call([_with_sound(messages, part, changed)]))
+            return call([_with_sound(messages, part, sound)])
         except Exception:  # Too short for the processor, say.
-            return False
+            return {"input_ids": None}
 
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, rate // 2).astype(np.float32)
-    end = rate // 100
-    # Features are made of whole frames, so that a rest of a frame makes no difference either; with
-    # more behind it, it does.
-    if not same(np.concatenate([sound[:-end], noise[:end]])) or not same(
-        np.concatenate([sound, noise])
-    ):
-        return
-    unheard, enough = 0, len(sound)
-    while enough - unheard > end:
-        middle = (unheard + enough) // 2
-        unheard, enough = (unheard, middle) if same(sound[:middle]) else (middle, enough)
-    raise SampleError(
-        f"The sound lasts {len(sound) / rate:.1f} s; the model hears "
-        f"{math.ceil(20 * enough / rate) / 20:g} s. Cut it into pieces."
-    )
+    def dropped(sound: np.ndarray) -> int:
+        """Return how many samples at the end make no difference."""
+        expected, most = inputs(sound), len(sound)
+        least = 0
+        while most - least > 1:
+            middle = (least + most) // 2
+            same = _equal(expected, inputs(sound[:middle]))
+            least, most = (least, middle) if same else (middle, most)
+        return len(sound) - most
+
+    sound: np.ndarray = part["audio"]
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, len(sound)).astype(np.float32)
+    end, more, expected = rate // 100, noise[: rate // 2], inputs(sound)
+    for changed in ((sound[:-end], noise[:end]), (sound, more)):
+        if not _equal(expected, inputs(np.concatenate(changed))):
+            return
+    # Features are made of whole frames: of a shorter sound the same rest makes no difference.
+    lost = dropped(noise)
+    if lost > dropped(noise[:-rate]):
+        raise SampleError(
+            f"The sound lasts {len(sound) / rate:.1f} s; the model hears "
+            f"{round((len(sound) - lost) / rate, 1):g} s. Cut it into pieces."
+        )
 
 
 def _with_sound(messages: Sequence[Any], part: Any, sound: np.ndarray) -> list[Any]:
