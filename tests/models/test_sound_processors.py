@@ -45,15 +45,15 @@ TEMPLATE = (
 
 def flamingo() -> Any:
     return AudioFlamingo3Processor(
-        WhisperFeatureExtractor(feature_size=8, chunk_length=4),
+        WhisperFeatureExtractor(feature_size=8, chunk_length=1),
         tokenizer(),
         audio_token="<audio>",
-        max_audio_len=12,
+        max_audio_len=3,
     )
 
 
 def qwen2_audio() -> Any:
-    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=4)
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     return Qwen2AudioProcessor(extractor, tokenizer(), audio_token="<audio>")
 
 
@@ -84,11 +84,11 @@ def phi4() -> Any:
 
 # A processor for each family, how many seconds it hears (None: as many as there are), and what it
 # is told.
-FOUR_SECONDS = {"audio_kwargs": {"max_length": 4 * RATE}}
+TWO_SECONDS = {"audio_kwargs": {"max_length": 2 * RATE}}
 MADE: dict[str, tuple[Any, int | None, dict[str, Any]]] = {
-    "qwen2_audio": (qwen2_audio, 4, {}),
-    "audio_flamingo": (flamingo, 12, {}),
-    "gemma4": (gemma4, 4, FOUR_SECONDS),
+    "qwen2_audio": (qwen2_audio, 1, {}),
+    "audio_flamingo": (flamingo, 3, {}),
+    "gemma4": (gemma4, 2, TWO_SECONDS),
     "granite": (granite, None, {}),
     "phi4": (phi4, None, {}),
 }
@@ -151,16 +151,16 @@ def test_a_sound_whose_end_is_dropped_is_refused(name: str) -> None:
     # The second of two, or beside silence, which is no less of a sound.
     for sound in (tone(longest + 0.1), np.zeros(round(RATE * (longest + 0.1)), np.float32)):
         with pytest.raises(ml.SampleError, match=f"the model hears {longest} s"):
-            generation.render(hears, [ask(tone(1)), ask(sound)], **told)
-    generation.render(hears, [ask(tone(1))], **told)
+            generation.render(hears, [ask(tone(0.5)), ask(sound)], **told)
+    generation.render(hears, [ask(tone(0.5))], **told)
 
 
 def test_how_long_a_processor_hears_is_asked_again_when_it_changes() -> None:
     hears = model(qwen2_audio)
-    generation.render(hears, [ask(tone(4))])
-    hears.processor.feature_extractor.n_samples = 2 * RATE
-    with pytest.raises(ml.SampleError, match="the model hears 2 s"):
-        generation.render(hears, [ask(tone(4))])
+    generation.render(hears, [ask(tone(1))])
+    hears.processor.feature_extractor.n_samples = RATE // 2
+    with pytest.raises(ml.SampleError, match="the model hears 0.5 s"):
+        generation.render(hears, [ask(tone(1))])
 
 
 def test_a_model_that_hears_in_windows(tmp_path: Path) -> None:
@@ -176,14 +176,14 @@ def test_a_model_that_hears_in_windows(tmp_path: Path) -> None:
             "num_hidden_layers": 2,
             "num_attention_heads": 5,
             "num_mel_bins": 8,
-            "max_source_positions": 200,
+            "max_source_positions": 50,
         },
         audio_token_id=AUDIO,
     )
     for part in (plain, processor):
         part.save_pretrained(tmp_path)
     bridge = ml.load(tmp_path, device="cpu")
-    for seconds, tokens in ((1, 25), (9, 225)):
+    for seconds, tokens in ((0.5, 12), (3, 75)):
         messages = ask(tone(seconds))
         inputs = theirs(processor, messages)
         assert int((inputs["input_ids"] == AUDIO).sum()) == tokens
