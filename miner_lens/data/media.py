@@ -98,7 +98,11 @@ def _load_part(part: Any, processor: Any, told: Mapping[str, Any]) -> dict[str, 
             _SAMPLING[name]: _number(name, given[name]) for name in _SAMPLING if name in given
         }
         opened[kind], opened["metadata"] = load_video(source, processor, sampling, call)
-        options |= {"fps": sampling["fps"]} if "fps" in sampling else {}
+        if "fps" in sampling:
+            # Frames were taken at that rate, and fewer of them are at a lower one.
+            frames, known = len(opened[kind]), opened["metadata"]
+            share = 1 if "video_backend" in known else frames / known["total_num_frames"]
+            options["fps"] = sampling["fps"] * share
     if size is not None:
         opened[kind] = _resize(opened[kind], size)
     return opened | ({"options": options} if options else {})
@@ -140,7 +144,7 @@ def _pixel_options(processor: Any, kind: str, given: Mapping[str, Any]) -> dict[
     }
     if not options:
         return {}
-    reader = getattr(processor, f"{kind}_processor", None)
+    reader: Any = getattr(processor, f"{kind}_processor", None)
     takes = getattr(getattr(reader, "valid_kwargs", None), "__annotations__", {})
     if not takes.keys() >= set(_PIXELS):
         raise SampleError(

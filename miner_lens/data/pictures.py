@@ -36,21 +36,21 @@ def load_image(source: Any, processor: Any = None) -> Image.Image:
     if hasattr(source, "detach"):
         tensor = source.detach().cpu()
         source = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    reader = getattr(processor, "image_processor", None)
     try:
         if isinstance(source, np.ndarray):
-            picture = _picture_of(source)
+            picture = _colors(_picture_of(source), reader)
         elif isinstance(source, Image.Image):
-            picture = ImageOps.exif_transpose(source)
+            picture = _colors(source, reader)
         elif isinstance(source, str | Path | bytes):
             with Image.open(open_source(source)) as image:
-                picture = ImageOps.exif_transpose(image)
+                picture = _colors(image, reader)
         else:
             raise SampleError(
                 "An image must be a PIL image, a path, bytes, a data URI, an array or a tensor, "
                 f"not {type(source).__name__}."
             )
-        reader = getattr(processor, "image_processor", None)
-        return _colors(picture, bool(getattr(reader, "do_convert_rgb", False)))
+        return picture
     except SampleError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -58,19 +58,21 @@ def load_image(source: Any, processor: Any = None) -> Image.Image:
         raise SampleError(f"{what}: {error!s:.200}") from error
 
 
-def _colors(picture: Image.Image, keep_transparency: bool) -> Image.Image:
+def _colors(image: Image.Image, reader: Any) -> Image.Image:
+    """Turn a picture upright, and make it RGB unless it is transparent and the reader does."""
+    picture = ImageOps.exif_transpose(image)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        picture = _eight_bits(picture)
+        picture = _eight_bits(picture, image.format)
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         transparent = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        if keep_transparency:
+        if getattr(reader, "do_convert_rgb", False):
             return transparent
         white = Image.new("RGBA", picture.size, _WHITE)
         picture = Image.alpha_composite(white, transparent)
     return picture.convert("RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(picture: Image.Image, file: str | None) -> Image.Image:
     """Scale a picture of one channel whose mode does not say what is white."""
     values = np.asarray(picture).astype(np.float64)
     least, most = float(values.min()), float(values.max())
@@ -82,7 +84,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode == "F" and most <= 1:
         white = 1
     # PIL opens 16-bit PGM files in mode I.
-    elif picture.mode.startswith("I;16") or most > 255 or picture.format == "PPM":
+    elif picture.mode.startswith("I;16") or most > 255 or file == "PPM":
         white = 65_535
     else:
         white = 255

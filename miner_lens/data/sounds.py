@@ -31,9 +31,8 @@ def sound_rate(processor: Any, call: Mapping[str, Any] | None = None) -> int:
         processor: A processor that takes sounds.
         call: What it is told of all sounds in the call.
     """
-    rate = (call or {}).get("sampling_rate") or getattr(
-        audio_reader(processor), "sampling_rate", 16_000
-    )
+    asked = (call or {}).get("sampling_rate")
+    rate: Any = asked or getattr(audio_reader(processor), "sampling_rate", 16_000)
     return int(rate)
 
 

@@ -54,7 +54,8 @@ def locate(source: Any) -> Any:
 
 
 def _file_of_uri(path: str) -> str:
-    path = path.removeprefix("localhost/") if path.startswith("localhost/") else path
+    if path.startswith("localhost/"):
+        path = path.removeprefix("localhost")
     return path if os.path.isfile(path) else unquote(path)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from miner_lens.data.media import told_of
 from miner_lens.data.sample import SampleError
 from miner_lens.data.sounds import audio_reader, sound_rate
+from miner_lens.models.collate import collate
 from miner_lens.models.mistral import is_mistral, with_sound_files
 
 Opened = Sequence[Sequence[Any]]
@@ -39,6 +40,7 @@ def read(
         SampleError: The processor drops the end of a sound, or cannot read media with different
             options in one call.
     """
+    _check_names(processor, processor_kwargs)
     told = dict(processor_kwargs)
     # For the text alone: an audio reader's own padding is what its tower takes.
     padding = {"padding": True, "padding_side": "left"}
@@ -49,7 +51,17 @@ def read(
         return _call(processor, conversations, add_generation_prompt, told | more)
 
     batch = call(opened)
-    _check_rates(opened, batch, call, told)
+    if _rates_matter(opened, batch, call, told):
+        if len(opened) == 1:
+            raise SampleError(
+                "This model's processor takes one fps for all videos in a call: give all of them "
+                "the same fps."
+            )
+        apart = [
+            read(processor, [messages], add_generation_prompt, processor_kwargs)
+            for messages in opened
+        ]
+        return collate(apart, processor.tokenizer.pad_token_id or 0)
     _check_sounds(processor, opened, call, told_of(processor, "audio", told))
     return batch
 
@@ -135,7 +147,9 @@ class _Apart:
         from transformers.video_utils import make_batched_videos
 
         metadata = told.pop("video_metadata", None)
-        flat = make_flat_list_of_images(media) if metadata is None else make_batched_videos(media)
+        flat: Any = (
+            make_flat_list_of_images(media) if metadata is None else make_batched_videos(media)
+        )
         apart = []
         for number, (medium, options) in enumerate(zip(flat, self._options, strict=True)):
             own = self._limits(told, options) if options else {}
@@ -174,20 +188,30 @@ def _pads(processor: Any) -> bool:
     return padding is None or bool(padding.default)
 
 
-def _check_rates(
+def _rates_matter(
     opened: Opened, batch: Mapping[str, Any], call: Callable[..., Any], told: Mapping[str, Any]
-) -> None:
-    """Refuse videos of several rates where the processor is told one rate for all of them."""
+) -> bool:
+    """True if the processor is told one rate for all videos, and these have several."""
     rates = _rates(list(_parts(opened, "video")))
     if len(rates) < 2 or "fps" in told:
-        return
+        return False
     group = told.get("videos_kwargs", {})
-    for rate in rates - {None}:
-        if not _equal(batch, call(opened, videos_kwargs=group | {"fps": rate})):
-            raise SampleError(
-                "This model's processor takes one fps for all videos in a call: give all of them "
-                "the same fps, or one video at a time."
-            )
+    named = rates - {None}
+    return not all(_equal(batch, call(opened, videos_kwargs=group | {"fps": r})) for r in named)
+
+
+def _check_names(processor: Any, processor_kwargs: Mapping[str, Any]) -> None:
+    """Refuse what the processor would pass by without a word."""
+    if not processor_kwargs:
+        return
+    declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
+    names = {"common_kwargs", *declared, *inspect.signature(processor.__call__).parameters}
+    parts = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
+    for known in (*declared.values(), *(getattr(part, "valid_kwargs", None) for part in parts)):
+        names |= {*getattr(known, "__annotations__", {})}
+    for name in processor_kwargs:
+        if declared and name not in names:
+            raise TypeError(f"{type(processor).__name__} has no option {name!r}")
 
 
 def _equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:

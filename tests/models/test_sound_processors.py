@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import (
     AudioFlamingo3Processor,
-    Gemma3ImageProcessor,
     Gemma4Processor,
     GraniteSpeechFeatureExtractor,
     GraniteSpeechProcessor,
@@ -70,9 +69,7 @@ def gemma4() -> Any:
 
 def granite() -> Any:
     pytest.importorskip("torchaudio")
-    return GraniteSpeechProcessor(
-        GraniteSpeechFeatureExtractor(), tokenizer(audio_token="<audio>")
-    )
+    return GraniteSpeechProcessor(GraniteSpeechFeatureExtractor(), tokenizer(audio_token="<audio>"))
 
 
 def phi4() -> Any:
@@ -159,7 +156,7 @@ def test_how_long_a_processor_hears_is_asked_again_when_it_changes() -> None:
     hears = model(qwen2_audio)
     generation.render(hears, [ask(tone(1))])
     hears.processor.feature_extractor.n_samples = RATE // 2
-    with pytest.raises(ml.SampleError, match="the model hears 0.5 s"):
+    with pytest.raises(ml.SampleError, match=r"the model hears 0\.5 s"):
         generation.render(hears, [ask(tone(1))])
 
 
