@@ -78,13 +78,15 @@ def _call(
             reader = copy.copy(reader)
             setattr(reader, name, _Apart(getattr(processor, name), pixels))
     if parts["video"]:
-        told = told | {
-            "video_metadata": [dict(part["metadata"]) for part in parts["video"]],
-            "do_sample_frames": False,
+        # `load_media` has sampled them.
+        told |= {"do_sample_frames": False}
+        told["video_metadata"] = [dict(part["metadata"]) for part in parts["video"]]
+        told["videos_kwargs"] = {
+            name: value for name, value in told.get("videos_kwargs", {}).items() if name not in told
         }
         rates = _rates(parts["video"])
         if len(rates) == 1 and None not in rates and "fps" not in told:
-            told["videos_kwargs"] = told.get("videos_kwargs", {}) | {"fps": rates.pop()}
+            told["videos_kwargs"] |= {"fps": rates.pop()}
     if len(parts["audio"]) > 1 and not _pads(processor):
         told["audio_kwargs"] = {"padding": True} | told.get("audio_kwargs", {})
     plain: Any = [[_plain(message) for message in messages] for messages in opened]

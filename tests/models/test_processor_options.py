@@ -168,6 +168,8 @@ def test_sampling_is_that_of_the_processor(
     )
     messages = ask({"type": "video", "video": path})
     check_equal(generation.render(sees, [messages], False, **asked), theirs)
+    grouped = {"videos_kwargs": asked | {"do_sample_frames": True}}
+    check_equal(generation.render(sees, [messages], False, **grouped), theirs)
     part = {name: value for name, value in asked.items() if value}
     messages = ask({"type": "video", "video": path, **part})
     check_equal(generation.render(sees, [messages], False), theirs)
