@@ -100,8 +100,8 @@ def _load_part(part: Any, processor: Any, told: Mapping[str, Any]) -> dict[str, 
         opened[kind], opened["metadata"] = load_video(source, processor, sampling, call)
         if "fps" in sampling:
             # Frames were taken at that rate, and fewer of them are at a lower one.
-            frames, known = len(opened[kind]), opened["metadata"]
-            share = 1 if "video_backend" in known else frames / known["total_num_frames"]
+            frames, metadata = len(opened[kind]), opened["metadata"]
+            share = 1 if "video_backend" in metadata else frames / metadata["total_num_frames"]
             options["fps"] = sampling["fps"] * share
     if size is not None:
         opened[kind] = _resize(opened[kind], size)

@@ -71,8 +71,8 @@ def load_video(
     if asked or options:
         metadata.frames_indices = choose(metadata)
         frames = [frames[index] for index in metadata.frames_indices]
-    known = ("total_num_frames", "fps", "frames_indices")
-    return [load_image(frame) for frame in frames], {name: metadata[name] for name in known}
+    fields = ("total_num_frames", "fps", "frames_indices")
+    return [load_image(frame) for frame in frames], {name: metadata[name] for name in fields}
 
 
 def _frames(source: Any) -> Sequence[Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ def render(
             "(ml.load does), or pass prepared model inputs."
         )
     with _rendering:
-        opened = [load_media(one, processor, **processor_kwargs) for one in conversations]
+        opened = [load_media(m, processor, **processor_kwargs) for m in conversations]
         try:
             if not hasattr(processor, "tokenizer"):
                 return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
@@ -91,6 +92,11 @@ def _as_text(
     tokenizer_kwargs: Mapping[str, Any],
 ) -> Inputs:
     """What a model without media reads, one conversation at a time, as padding is of ours."""
+    takes = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in tokenizer_kwargs:
+        # What it does not take by name, it hands to the template, which may not read it.
+        if name not in takes and name not in str(tokenizer.chat_template):
+            raise TypeError(f"{type(tokenizer).__name__} has no option {name!r}")
     apart = [
         dict(
             tokenizer.apply_chat_template(
@@ -99,7 +105,7 @@ def _as_text(
                 add_generation_prompt=add_generation_prompt,
                 return_dict=True,
                 return_tensors="pt",
-                tokenizer_kwargs=dict(tokenizer_kwargs),
+                **tokenizer_kwargs,
             )
         )
         for messages in opened

@@ -152,19 +152,20 @@ class _Apart:
         flat: Any = (
             make_flat_list_of_images(media) if metadata is None else make_batched_videos(media)
         )
-        apart = []
+        results = []
         for number, (medium, options) in enumerate(zip(flat, self._options, strict=True)):
             own = self._limits(told, options) if options else {}
             if metadata is not None:
                 own["video_metadata"] = [metadata[number]]
-            apart.append(self._reader([medium], **told | own))
+            results.append(self._reader([medium], **told | own))
         try:
-            return BatchFeature({name: _joined([one[name] for one in apart]) for name in apart[0]})
+            joined = {name: _joined([r[name] for r in results]) for name in results[0]}
         except RuntimeError as error:
             raise SampleError(
                 f"{type(self._reader).__name__} cannot read media with different options in one "
                 f"batch: {error}"
             ) from error
+        return BatchFeature(joined)
 
     def _limits(self, told: Mapping[str, Any], options: Mapping[str, int]) -> dict[str, Any]:
         size = dict(told.get("size") or getattr(self._reader, "size", None) or {})
@@ -209,23 +210,27 @@ def _check_names(processor: Any, processor_kwargs: Mapping[str, Any]) -> None:
     declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
     names = {"common_kwargs", *declared, *inspect.signature(processor.__call__).parameters}
     parts = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
-    for known in (*declared.values(), *(getattr(part, "valid_kwargs", None) for part in parts)):
-        names |= {*getattr(known, "__annotations__", {})}
+    for kwargs in (*declared.values(), *(getattr(part, "valid_kwargs", None) for part in parts)):
+        names |= {*getattr(kwargs, "__annotations__", {})}
     for name in processor_kwargs:
         if declared and name not in names:
             raise TypeError(f"{type(processor).__name__} has no option {name!r}")
 
 
-def _equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    return one.keys() == two.keys() and all(_same(one[name], two[name]) for name in one)
+def _equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(_same(left[name], right[name]) for name in left)
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and one.shape == two.shape and torch.equal(one, two)
-    if isinstance(one, list | tuple):
-        return isinstance(two, list | tuple) and len(one) == len(two) and all(map(_same, one, two))
-    return bool(one == two)
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, list | tuple):
+        return (
+            isinstance(right, list | tuple)
+            and len(left) == len(right)
+            and all(map(_same, left, right))
+        )
+    return bool(left == right)
 
 
 def _check_sounds(
@@ -285,6 +290,6 @@ def _with_sound(messages: Sequence[Any], part: Any, sound: np.ndarray) -> list[A
     def swapped(content: Any) -> Any:
         if isinstance(content, str):
             return content
-        return [{**one, "audio": sound} if one is part else one for one in content]
+        return [{**item, "audio": sound} if item is part else item for item in content]
 
     return [{**message, "content": swapped(message["content"])} for message in messages]

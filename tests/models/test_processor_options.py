@@ -259,3 +259,17 @@ def test_text_and_media_in_one_batch(tmp_path: Path) -> None:
         )
     answer = processor.batch_decode(expected[:, inputs["input"].shape[1] :], True)
     assert ml.generate(bridge, ask(picture()), 3, processor_kwargs=told) == answer[0]
+
+
+def test_text_models_take_options_of_their_tokenizer() -> None:
+    tokenizer = qwen2_5_vl().tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    reads = SimpleNamespace(processor=tokenizer)
+    messages = [{"role": "user", "content": "what is it?"}]
+    whole, cut = (
+        generation.render(reads, [messages], **told)["input_ids"]
+        for told in ({}, {"truncation": True, "max_length": 4})
+    )
+    assert torch.equal(cut, whole[:, :4])
+    with pytest.raises(ml.SampleError, match="no option 'max_pixels'"):
+        generation.render(reads, [messages], max_pixels=64)
