@@ -132,7 +132,7 @@ class AttentionFlowAnalyzer(Analyzer[AttentionFlow]):
 def _edges(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the last positions are last tokens, and which keys each may be cut off from."""
     length = x.shape[-1]
-    tail = min(length, 1 + max(map(len, batch.answers), default=0))
+    tail = min(length, 1 + max(batch.tails, default=0))
     at = torch.arange(length, device=x.device)
     real = batch.real.to(x.device)
     last = (real * at).amax(1, keepdim=True)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
 from miner_lens.models import experts
+from miner_lens.models.forward_pass import Call, ForwardPass
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
+from miner_lens.models.structure import (
+    ACTIVATION_NAMES,
+    decoder_of,
+    mlp_names,
+    part,
+    plain,
+    walk,
+    way_to_decoder,
+)
+from miner_lens.models.unchanged import CHANGED, NOT_COMPARED, difference, short_logits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,6 +41,9 @@ UNKNOWN = (
     "docs/adding-a-model-family.md."
 )
 
+# The argument by which a model is told of how many positions logits are wanted.
+KEEP = "logits_to_keep"
+
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
 # attention function before, and the name after.
 _attention_names: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, str, str]]] = (
@@ -39,7 +55,9 @@ _added: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = weakref.We
 
 
 def wrap(
-    hf_model: PreTrainedModel, processor: ProcessorMixin | Any | None = None
+    hf_model: PreTrainedModel,
+    processor: ProcessorMixin | Any | None = None,
+    check: bool = True,
 ) -> TransformerBridge:
     """Turn a loaded Hugging Face model into a `TransformerBridge` with neuron hook points.
 
@@ -50,9 +68,13 @@ def wrap(
         hf_model: The model; its weights stay where and what they are. It may have PEFT adapters.
             Wrappers around it (torch.compile, DistributedDataParallel, PEFT) are looked through.
         processor: Its processor. Without one, feed prepared inputs instead of messages.
+        check: Compare the logits of a short prompt before and after, and refuse a model whose
+            logits differ by more than rounding. A warning says why where they cannot be compared,
+            as with offloaded weights.
 
     Raises:
-        ValueError: The model family is unknown or the model is wrapped already.
+        ValueError: The model family is unknown, the model is wrapped already, or its logits are
+            others in a bridge; then it is as it was.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -65,6 +87,7 @@ def wrap(
             "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
     _require_adapter(hf_model)
+    expected = short_logits(hf_model) if check else None
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
@@ -78,6 +101,7 @@ def wrap(
         tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    _keep_attention(bridge, configs, before)
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
     _added[hf_model] = [
@@ -90,7 +114,26 @@ def wrap(
     bridge.modality_layout = (
         None if tokenizer is None else layout_for(architecture, hf_model.config, tokenizer)
     )
-    return prepare(bridge)
+    prepare(bridge)
+    if expected is not None:
+        _require_unchanged(bridge, expected)
+    return bridge
+
+
+def _require_unchanged(bridge: Any, expected: Tensor | str) -> None:
+    """Refuse a bridge in which a model's logits are others than were expected, and undo it."""
+    hf_model, got = hf_model_of(bridge), expected
+    if isinstance(expected, Tensor):
+        got = short_logits(hf_model)
+    if isinstance(expected, str) or isinstance(got, str):
+        warnings.warn(NOT_COMPARED.format(why=got), stacklevel=3)
+        return
+    apart, rounding = difference(expected, got)
+    if apart > rounding:
+        adapter = type(bridge.adapter).__name__
+        unwrap(bridge)
+        told = {"architecture": type(hf_model).__name__, "adapter": adapter}
+        raise ValueError(CHANGED.format(apart=apart, rounding=rounding, **told))
 
 
 def prepared_bridge(model: Any) -> Any:
@@ -168,6 +211,20 @@ def _take_out(module: nn.Module) -> None:
             _take_out(child)
 
 
+def _keep_attention(bridge: Any, configs: list[Any], names: list[Any]) -> None:
+    """Leave to TransformerLens the names of attention functions where it computes attention."""
+    from miner_lens.models import attention
+
+    components = attention.rebuilt(attention.attentions_of(bridge))
+    computed = {id(getattr(plain(component), "config", None)) for component in components}
+    set_by_it = [config._attn_implementation for config in configs]
+    for config, name, theirs in zip(configs * 2, names * 2, set_by_it * 2, strict=True):
+        # Twice, as setting a config's name sets those of the configs below it.
+        wanted = theirs if id(config) in computed else name
+        if config._attn_implementation != wanted:
+            config._attn_implementation = wanted
+
+
 def _configs(hf_model: nn.Module) -> list[Any]:
     """The configs of a model's parts that name an attention function, each once."""
     found = (getattr(module, "config", None) for module in hf_model.modules())
@@ -209,7 +266,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs(attention.configs_of(bridge)).watch(hf_model)
+    PassInputs().watch(hf_model)
     return bridge
 
 
@@ -232,31 +289,67 @@ def _watching(hf_model: Any) -> list[PassInputs]:
     return [owner for owner in owners if type(owner) is PassInputs]
 
 
-def past_length(inputs: Mapping[str, Any]) -> int:
-    """How many tokens of the sequence went before this pass, by its cache."""
-    # The second is its name before transformers 5.24.
-    cache = inputs.get("cache", inputs.get("past_key_values"))
-    return 0 if cache is None else int(cache.get_seq_length())
+def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of a decoder that would compute its last layers at few positions.
+
+    Those are the ones whose logits are wanted; the model's head is shown no more than them anyhow.
+    """
+    return args, {name: value for name, value in kwargs.items() if name != KEEP}
 
 
 class PassInputs:
-    """The inputs of the forward pass that is running, its token ids and its padding mask."""
+    """The inputs of the forward pass that is running, its token ids and its padding mask.
 
-    def __init__(self, configs: Sequence[Any] = ()) -> None:
-        self.all: dict[str, Any] = {}
-        self.ids: Tensor | None = None
-        self.real: Tensor | None = None
+    A pass begins where the model is called, or a module in it that has its decoder in it.
+    """
+
+    def __init__(self) -> None:
         self.handles: list[Any] = []
-        # Whose attention functions are to stay hooked, whatever is set.
-        self.configs = list(configs)
+        # By thread, with the modules that are being called.
+        self._running: dict[int, tuple[ForwardPass, list[Any]]] = {}
 
-    def watch(self, model: Any) -> None:
-        """See each forward pass of a model from now on."""
-        hf_model = hf_model_of(model)
-        self.handles += [
-            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
-            hf_model.register_forward_hook(self.forget, always_call=True),
-        ]
+    def __getstate__(self) -> dict[str, Any]:
+        # No pass of a copy is running.
+        return vars(self) | {"_running": {}}
+
+    @property
+    def running(self) -> ForwardPass | None:
+        """The pass, or None where none is running."""
+        return self._running.get(get_ident(), (None,))[0]
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The token ids; None where there are none."""
+        return None if self.running is None else self.running.ids
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which tokens are no padding; None where all are real. See `ForwardPass.real`."""
+        return None if self.running is None else self.running.real
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """What the outermost call was given, by name."""
+        running = self.running
+        return {} if running is None else running.calls[0].arguments | {"input_ids": running.ids}
+
+    def watch(self, model: Any, way: Sequence[nn.Module] = ()) -> None:
+        """See each forward pass of a model from now on.
+
+        Args:
+            model: The model.
+            way: Its `way_to_decoder`, where that has been looked up.
+        """
+        for module in way or way_to_decoder(hf_model_of(model)):
+            self.watch_calls(module)
+            self.handles.append(module.register_forward_hook(self.forget, always_call=True))
+        decoder = decoder_of(hf_model_of(model))
+        if KEEP in inspect.signature(decoder.forward).parameters:
+            self.handles.append(decoder.register_forward_pre_hook(_keep_all, with_kwargs=True))
+
+    def watch_calls(self, module: nn.Module) -> None:
+        """See each call of a module from now on, and take it for running until the next one."""
+        self.handles.append(module.register_forward_pre_hook(self.see, with_kwargs=True))
 
     def stop(self) -> None:
         """See no more passes."""
@@ -264,33 +357,35 @@ class PassInputs:
             self.handles.pop().remove()
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the Hugging Face model."""
-        if self.configs:
-            from miner_lens.models import attention
+        """A forward pre-hook of a module that has the decoder in it, or of the decoder."""
+        running, called = self._running.get(get_ident(), (None, []))
+        # One that is called already was interrupted, and so is the pass.
+        if running is None or any(one is module for one in called):
+            running, called = ForwardPass(), []
+            self._running[get_ident()] = running, called
+        running.calls.append(Call.of(module, args, kwargs))
+        called.append(module)
 
-            attention.keep(self.configs)
-        self.ids = kwargs.get("input_ids", args[0] if args else None)
-        self.all = kwargs | {"input_ids": self.ids}
-        self.real = None
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Mapping):  # as with a static cache, by kind of attention
-            mask = mask.get("full_attention")
-        if self.ids is None or not isinstance(mask, Tensor):
-            return
-        length = self.ids.shape[1]
-        if mask.ndim == 2:
-            # While decoding with a cache the mask spans the past as well.
-            self.real = mask[:, -length:].to(torch.bool)
-        elif mask.ndim == 4 and not past_length(kwargs):
-            # What the last token attends to: all that are real, where the batch is padded on the
-            # left. It is True there, or 0 and not -inf.
-            last = mask[:, 0, -1, :length]
-            self.real = last if last.dtype == torch.bool else last == 0
+    def forget(self, module: Any, *_: Any) -> None:
+        """A forward hook of such a module: what was seen is of no later pass."""
+        _, called = self._running.get(get_ident(), (None, []))
+        while any(one is module for one in called):
+            called.pop()
+        if not called:
+            self._running.pop(get_ident(), None)
 
-    def forget(self, *_: Any) -> None:
-        """A forward hook of the Hugging Face model: what was seen is of no later pass."""
-        self.ids = self.real = None
-        self.all = {}
+    @contextmanager
+    def again(self, running: ForwardPass | None) -> Iterator[None]:
+        """A pass that is over is running once more, as a part of it is computed again."""
+        former = self._running.pop(get_ident(), None)
+        if running is not None:
+            self._running[get_ident()] = running, []
+        try:
+            yield
+        finally:
+            self._running.pop(get_ident(), None)
+            if former is not None:
+                self._running[get_ident()] = former
 
 
 def _attach_activation(mlp: Any) -> bool:
@@ -323,10 +418,11 @@ def _attach_experts(mlp: Any) -> bool:
     """Have X of a layer's experts pass through a hooked `act` component."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    if "act" in mlp._modules or experts.experts_of(mlp) is None:
+    known = experts.experts_of(mlp)
+    if "act" in mlp._modules or known is None:
         return False
     component = GeneralizedComponent(name="experts")
-    component.set_original_component(experts.ExpertNeurons())
+    component.set_original_component(experts.neurons_of(known))
     mlp.add_module("act", component)
     return experts.install(mlp, component)
 

@@ -66,5 +66,5 @@ def collate(apart: Sequence[Inputs], pad: int) -> Inputs:
 
 
 def masked(inputs: Inputs) -> Inputs:
-    """Model inputs with an attention mask: those of samples without padding, where there is none."""
+    """Return model inputs with an attention mask, which says that nothing is padding if new."""
     return inputs if MASK in inputs else inputs | {MASK: torch.ones_like(inputs["input_ids"])}

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
-from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import MASK, collate, masked
+from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
-from miner_lens.models.mistral import is_mistral, with_sound_files
+from miner_lens.models.mistral import is_mistral
+from miner_lens.models.processing import read
+from miner_lens.models.rendering import (
+    REFUSALS,
+    fit_template,
+    media_of,
+    opening,
+    placeholders,
+    require_media,
+    require_parts,
+    require_texts,
+)
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
 _HARMLESS = {
@@ -42,7 +54,10 @@ _rendering = threading.Lock()
 
 
 def prepare_inputs(
-    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
 ) -> Inputs:
     """Render conversations with the model's processor, on the model's device, left-padded.
 
@@ -50,63 +65,88 @@ def prepare_inputs(
         ValueError: The model has no processor.
         SampleError: A medium cannot be read, or the processor refuses the conversation.
     """
-    return to_device(render(model, conversations, add_generation_prompt), input_device(model))
+    rendered = render(model, conversations, add_generation_prompt, **processor_kwargs)
+    return to_device(rendered, input_device(model))
 
 
 def render(
-    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool | None = None,
+    **processor_kwargs: Any,
 ) -> Inputs:
-    """What `prepare_inputs` returns, still on the CPU."""
+    """Return what `prepare_inputs` does, still on the CPU.
+
+    By default prompts end with the opening of the assistant's turn where all conversations await an
+    answer, and as the conversations do where all end with a turn of the assistant. This is what is
+    mined, with an answer behind it and without.
+    """
+    if add_generation_prompt is None:
+        (add_generation_prompt,) = {awaits_answer(messages) for messages in conversations}
     processor = processor_of(model)
     if processor is None:
         raise ValueError(
             "This model has no processor, so it cannot read messages. Set model.processor "
             "(ml.load does), or pass prepared model inputs."
         )
+    media = media_of(model)
     with _rendering:
-        opened = [load_media(messages, processor) for messages in conversations]
+        opened = [load_media(m, processor, **processor_kwargs) for m in conversations]
+        spelled = placeholders(processor, media or {})
+        for messages, parts in zip(conversations, opened, strict=True):
+            require_parts(messages, parts, spelled)
         try:
-            if not hasattr(processor, "tokenizer"):
-                return _as_text(processor, opened, add_generation_prompt)
-            if is_mistral(processor.tokenizer):
-                opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
-            # Where padding would not be told from tokens, it is of ours.
-            tells = MASK in processor.tokenizer.model_input_names
-            parts = [opened] if tells else [[one] for one in opened]
-            apart = [_with_media(processor, part, add_generation_prompt) for part in parts]
-        except (ValueError, KeyError, IndexError, TypeError, TemplateError) as error:
-            # Such as a text that spells out more placeholders than there are media, or what a chat
-            # template refuses.
+            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs)
+        except SampleError:
+            raise
+        except REFUSALS as error:
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
-    if len(apart) > 1:
-        return collate(apart, processor.tokenizer.pad_token_id or 0)
-    return masked(apart[0])
+    require_media(opened, inputs, media)
+    return inputs
 
 
-def _with_media(processor: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Inputs:
-    """What the processor makes of conversations, as one batch."""
-    batch = processor.apply_chat_template(
-        opened,
-        tokenize=True,
-        add_generation_prompt=add_generation_prompt,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
-    )
-    # PaliGemma's processor adds labels, for training.
-    return {name: value for name, value in batch.items() if name != "labels"}
+def _encode(
+    processor: Any,
+    opened: Sequence[Any],
+    add_generation_prompt: bool,
+    processor_kwargs: Mapping[str, Any],
+) -> Inputs:
+    """Return model inputs of conversations, of whose texts and media a template leaves none out."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    mistral = is_mistral(tokenizer)
+    if not mistral:  # which has no chat template to ask
+        template = partial(
+            processor.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        source = str(processor.chat_template)
+        opened = [fit_template(template, messages, source) for messages in opened]
+    if tokenizer is processor:
+        return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
+    # Where padding would not be told from tokens, it is of ours.
+    tells = MASK in tokenizer.model_input_names
+    batches = [opened] if tells else [[messages] for messages in opened]
+    apart = [read(processor, one, add_generation_prompt, processor_kwargs) for one in batches]
+    inputs = masked(apart[0]) if len(apart) == 1 else collate(apart, tokenizer.pad_token_id or 0)
+    if mistral:
+        for messages, ids in zip(opened, inputs["input_ids"], strict=True):
+            require_texts(messages, tokenizer.decode(ids))
+    return inputs
 
 
-def _videos(opened: Sequence[Sequence[Message]]) -> dict[str, Any]:
-    """What a processor is told of videos, whose frames `load_media` has sampled."""
-    contents = [message["content"] for messages in opened for message in messages]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    known = [part.pop("metadata") for part in parts if part["type"] == "video"]
-    return {"video_metadata": known, "do_sample_frames": False} if known else {}
-
-
-def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Inputs:
+def _as_text(
+    tokenizer: Any,
+    opened: Sequence[Any],
+    add_generation_prompt: bool,
+    tokenizer_kwargs: Mapping[str, Any],
+) -> Inputs:
     """What a model without media reads, one conversation at a time, as padding is of ours."""
+    takes = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in tokenizer_kwargs:
+        # What it does not take by name, it hands to the template, which may not read it.
+        if name not in takes and name not in str(tokenizer.chat_template):
+            raise TypeError(f"{type(tokenizer).__name__} has no option {name!r}")
     apart = [
         dict(
             tokenizer.apply_chat_template(
@@ -115,6 +155,7 @@ def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool)
                 add_generation_prompt=add_generation_prompt,
                 return_dict=True,
                 return_tensors="pt",
+                **tokenizer_kwargs,
             )
         )
         for messages in opened
@@ -124,9 +165,29 @@ def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool)
 
 
 def awaits_answer(messages: Sequence[Message]) -> bool:
-    """Whether it is the assistant's turn, so that the prompt ends with its opening."""
+    """Return True if it is the assistant's turn, so that the prompt ends with its opening."""
     last = messages[-1] if messages else None
     return not (isinstance(last, Mapping) and last.get("role") == "assistant")
+
+
+def answer_opening(model: Any, messages: Sequence[Message]) -> str:
+    """Return the text between a conversation, rendered as it awaits an answer, and the answer.
+
+    A conversation that ends with a turn of the assistant is read as it is, and an answer to it is a
+    further turn.
+
+    Raises:
+        SampleError: The model's chat template opens no further turn.
+    """
+    processor = processor_of(model)
+    if awaits_answer(messages):
+        return ""
+    if is_mistral(getattr(processor, "tokenizer", processor)):
+        raise SampleError(
+            "The conversation ends with a turn of the assistant, and Mistral's tokenizers open no "
+            "further one for an answer. Leave the last turn out of the messages."
+        )
+    return opening(partial(processor.apply_chat_template, tokenize=False), messages)
 
 
 def input_device(model: Any) -> torch.device:
@@ -145,19 +206,26 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def inputs(model: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> Inputs:
+def inputs(
+    model: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
+) -> Inputs:
     """Turn messages into what `model(**inputs)` and `model.run_with_cache(**inputs)` take.
 
     Args:
         model: A bridge with a processor, or a Hugging Face model with a `.processor`.
         messages: One conversation in Hugging Face chat format.
         add_generation_prompt: Whether to end with the opening of the assistant's turn.
+        processor_kwargs: Passed on to the processor, such as `max_pixels` or `num_frames`, by
+            name or as `images_kwargs`, `videos_kwargs`, `audio_kwargs` and `text_kwargs`.
 
     Returns:
         Keyword arguments on the model's device. The token ids are called `input` for a bridge,
         as TransformerLens calls them, and `input_ids` for a Hugging Face model.
     """
-    batch = prepare_inputs(model, [messages], add_generation_prompt)
+    batch = prepare_inputs(model, [messages], add_generation_prompt, **processor_kwargs)
     if is_bridge(bare(model)):
         batch = {"input": batch.pop("input_ids"), **batch}
     return batch
@@ -167,6 +235,7 @@ def generate(
     model: Any,
     messages: Sequence[Message] | Sequence[Sequence[Message]],
     max_new_tokens: int = 128,
+    processor_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str | list[str]:
     """Answer a conversation, or a batch of them, with all hooks and ablations live.
@@ -179,6 +248,7 @@ def generate(
         model: A bridge with a processor.
         messages: One conversation in Hugging Face chat format, or a list of conversations.
         max_new_tokens: How many tokens to generate at most.
+        processor_kwargs: Passed on to the processor, as `apply_chat_template` takes them.
         options: Passed on to Hugging Face's `generate`.
 
     Returns:
@@ -188,7 +258,7 @@ def generate(
         raise ValueError("There is no message to answer.")
     single = isinstance(messages[0], dict)
     conversations: Any = [messages] if single else messages
-    batch = prepare_inputs(model, conversations)
+    batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
     answers = generate_from(model, batch, max_new_tokens, **options)
     return answers[0] if single else answers
 

@@ -19,12 +19,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from miner_lens.installed import described
+from miner_lens.models.forward_pass import MASKED
 from miner_lens.models.structure import plain
 
 ENTRY_POINTS = "miner_lens.items"
-
-# What an additive mask adds where nothing is attended to is this or less.
-MASKED = -1e4
 
 # What Hugging Face calls a medium among a model's inputs.
 MEDIA_INPUTS = {
@@ -98,9 +96,7 @@ def _numbers(sizes: Int[Tensor, " item"]) -> Int[Tensor, " row"]:
     return torch.arange(len(sizes)).repeat_interleave(sizes)
 
 
-def items_of(
-    hf_model: Any, tower: Any, inputs: Mapping[str, Any], modality: str
-) -> Items | None:
+def items_of(hf_model: Any, tower: Any, inputs: Mapping[str, Any], modality: str) -> Items | None:
     """What a tower is given of a medium, as far as the model's inputs say; None: only its call can.
 
     This may wait for the device.
@@ -231,8 +227,10 @@ def _real(name: str, mask: Tensor, items: int, count: int) -> Tensor | None:
             mask = ~hidden if bool((hidden | (mask == 0)).all()) else mask
         if mask.dtype == torch.bool and len(mask) in (1, items):
             return mask.flatten(1, 2).any(1).expand(items, rows)
-    elif len(mask) == items and mask.numel() == count and (
-        mask.dtype == torch.bool or ("mask" in name and _binary(mask))
+    elif (
+        len(mask) == items
+        and mask.numel() == count
+        and (mask.dtype == torch.bool or ("mask" in name and _binary(mask)))
     ):
         return mask.bool().reshape(items, rows)
     return None
@@ -257,10 +255,10 @@ def require_read(rows: Rows, masks: Mapping[str, Tensor]) -> None:
         read = bool(mask.all()) or int(mask.sum()) == len(sizes) < mask.numel()
         if not read and _hides(mask, per_item):
             raise ValueError(
-                f"The input {name!r} says that a part of the media is padding, and not which of the "
-                f"{per_item} rows that the tower makes of each these are. Give media "
-                "of one size, so that nothing is padded, or mine another site; a function in the "
-                f"entry-point group {ENTRY_POINTS!r} can say."
+                f"The input {name!r} says that a part of the media is padding, but not which of "
+                f"the {per_item} rows that the tower makes of each. Give media of one size, so "
+                "that nothing is padded, or mine another site; a function in the entry-point group "
+                f"{ENTRY_POINTS!r} can say."
             )
 
 

@@ -7,18 +7,15 @@ embeddings (`vision`, `audio`, `projector`) are found in the model itself; see
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from miner_lens.models.experts import expert_mlp, experts_of
-from miner_lens.models.hook import ContextHook
 from miner_lens.models.identity import SITES
 from miner_lens.models.items import (
     MEDIA_INPUTS,
@@ -152,9 +149,7 @@ class Tower(Site):
         modules = [self.module(hf_model), _held(hf_model, inner)]
         return list(dict.fromkeys(modules))
 
-    def rows(
-        self, hf_model: Any, calls: Sequence[Mapping[str, Any]], shape: Sequence[int]
-    ) -> Rows:
+    def rows(self, hf_model: Any, calls: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> Rows:
         """What the rows of X, of that shape, are in one call of the tower.
 
         Args:
@@ -206,41 +201,6 @@ class Tower(Site):
             if self.name != "projector" or count != sum(placeholders):
                 require_read(rows, masks_beside(inputs, given))
         return Call(*owners_of_rows(placeholders, rows, len(given)))
-
-
-class ToldCalls:
-    """What a tower's modules are told in the call that is running, or was the last one.
-
-    Attributes:
-        arguments: By name, of each module's call since the first module was called.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.arguments: list[dict[str, Any]] = []
-        self._outer = modules[0]
-        self._handles = []
-        for module in modules:
-            see = partial(self._see, inspect.signature(plain(module).forward))
-            hook = ContextHook(see)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _see(
-        self,
-        signature: inspect.Signature,
-        module: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        bound = signature.bind(*args, **kwargs)
-        more = bound.arguments.pop("kwargs", {})
-        if module is self._outer:
-            self.arguments = []
-        self.arguments = [*self.arguments, bound.arguments | more]
-
-    def stop(self) -> None:
-        """See no more calls."""
-        for handle in self._handles:
-            handle.remove()
 
 
 def _component(hf_model: Any, path: str) -> Any:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models import sites
+from miner_lens.models.bridge import PassInputs
 from miner_lens.models.generation import Inputs
 from miner_lens.models.modality import Masks, parts_of
-from miner_lens.models.sites import Call, ToldCalls, Tower
+from miner_lens.models.sites import Call, Tower
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ class Batch:
         index: The place of each sample in the data; row r of a prepared pair counts r * 2**40 more.
         answers: The tokens of each sample's answer, where they follow the prompt. They are part of
             no modality: what is generated is not scored.
+        tails: How many tokens follow each prompt: the answer, and what opens a turn for it.
     """
 
     inputs: Inputs
@@ -40,12 +42,13 @@ class Batch:
     samples: tuple[Any, ...] = ()
     index: tuple[int, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
+    tails: tuple[int, ...] = ()
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch pos"]:
         """The tokens that are neither padding nor the answer's."""
-        return prompt_of(self.inputs, self.answers)
+        return prompt_of(self.inputs, self.tails)
 
     @cached_property
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
@@ -103,12 +106,12 @@ class Batch:
         return self.once("towers", dict)
 
 
-def prompt_of(inputs: Inputs, answers: Sequence[tuple[int, ...]] = ()) -> Bool[Tensor, "batch pos"]:
-    """The real tokens of prompts, which are padded on the left and may have answers after them."""
+def prompt_of(inputs: Inputs, tails: Sequence[int] = ()) -> Bool[Tensor, "batch pos"]:
+    """The real tokens of prompts, padded on the left, with so many tokens after them."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = (torch.ones_like(ids) if mask is None else mask).to(torch.bool, copy=True)
-    for row, answer in zip(real, answers, strict=False):
-        row[len(row) - len(answer) :] = False
+    for row, tail in zip(real, tails, strict=False):
+        row[len(row) - tail :] = False
     return real
 
 
@@ -148,7 +151,9 @@ class TowerPass:
     def __init__(self, tower: Tower, hf_model: Any, batch: Batch) -> None:
         self.tower, self.batch, self._hf_model = tower, batch, hf_model
         self.modalities = tower.media(batch.inputs)
-        self._told = ToldCalls(tower.told(hf_model))
+        self._told = PassInputs()
+        for module in tower.told(hf_model):
+            self._told.watch_calls(module)
         self._calls: dict[int, Call] = {}
 
     @classmethod
@@ -190,11 +195,13 @@ class TowerPass:
                 f"The {self.tower.name} tower ran more than {times} times in a pass."
             )
         whole, modality = self.batch, self.modalities[call]
-        shape, told = x.shape, self._told.arguments
+        shape = x.shape
 
         def make() -> TowerBatch:
+            running = self._told.running
+            calls = [] if running is None else [told.arguments for told in running.calls]
             try:
-                found = self.tower.call(self._hf_model, whole.inputs, modality, told, shape)
+                found = self.tower.call(self._hf_model, whole.inputs, modality, calls, shape)
             except ValueError as error:
                 raise SampleError(f"{', '.join(whole.ids)}: {error}") from error
             self._calls[call] = found
