@@ -16,6 +16,7 @@ from miner_lens.models.bridge import pass_inputs, prepare
 from miner_lens.models.forward import is_aside
 from miner_lens.models.forward_pass import past_length
 from miner_lens.models.points import Point
+from miner_lens.models.precision import full_precision
 from miner_lens.running.batch import Batch
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -54,7 +55,8 @@ def _read(function: Callable[..., Tensor | None], x: Tensor, hook: Any) -> Tenso
     if is_aside():
         return None
     try:
-        return function(x, hook=hook)
+        with full_precision():
+            return function(x, hook=hook)
     except SampleError:
         raise
     except ValueError as error:
