@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.analyzers.attention_sums import AttentionSums, ReceivedAttention
+from miner_lens.installed import versions
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point, activation_points
 from miner_lens.models.structure import plain
@@ -273,13 +272,3 @@ def _require_plain_attention(model: Any, attended: bool) -> None:
                 f"{what} scores plain softmax(scale QK^T), but layer {layer} of "
                 f"this model attends with {' and '.join(found)}. {other_way}."
             )
-
-
-# Looked up in files, and asked for by each run.
-_version = cache(importlib.metadata.version)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that scores depend on."""
-    packages = ("miner-lens", "transformer-lens", "transformers", "torch")
-    return {package: _version(package) for package in packages}
