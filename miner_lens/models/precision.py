@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ _DEVICES = [
     if torch.amp.is_autocast_available(device)
 ]
 # Where torch multiplies float32 in TF32 or bfloat16 if it is told so.
-_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_backends: Any = torch.backends  # some of its names are not typed
+_PRODUCTS = (_backends.cuda.matmul, _backends.mkldnn.matmul)
 _FULL = ("none", "ieee")
 _KEY = "full precision of products"
 
