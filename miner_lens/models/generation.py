@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,7 @@ def render(
         for messages, parts in zip(conversations, opened, strict=True):
             require_parts(messages, parts, spelled)
         try:
-            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs)
+            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs, spelled)
         except SampleError:
             raise
         except REFUSALS as error:
@@ -110,6 +110,7 @@ def _encode(
     opened: Sequence[Any],
     add_generation_prompt: bool,
     processor_kwargs: Mapping[str, Any],
+    placeholders: Collection[str],
 ) -> Inputs:
     """Return model inputs of conversations, of whose texts and media a template leaves none out."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -121,7 +122,7 @@ def _encode(
             add_generation_prompt=add_generation_prompt,
         )
         source = str(processor.chat_template)
-        opened = [fit_template(template, messages, source) for messages in opened]
+        opened = [fit_template(template, messages, source, placeholders) for messages in opened]
     if tokenizer is processor:
         return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
     inputs = read(processor, opened, add_generation_prompt, processor_kwargs)
