@@ -149,11 +149,17 @@ def fused(bridge: Any) -> Iterator[None]:
     former = [config._attn_implementation for config, _ in configs]
     try:
         for config, name in configs:
-            config._attn_implementation = name
+            name_function(config, name)
         yield
     finally:
         for (config, _), name in zip(configs, former, strict=True):
-            config._attn_implementation = name
+            name_function(config, name)
+
+
+def name_function(config: Any, name: str) -> None:
+    """Have a config name an attention function; its setter would set the configs below it too."""
+    own = "_attn_implementation_internal"
+    setattr(config, own if hasattr(config, own) else "_attn_implementation", name)
 
 
 def _fusible(bridge: Any) -> list[tuple[Any, str]]:

@@ -181,7 +181,7 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
     attention.uninstall(bridge)
     for config, before, after in _attention_names.pop(hf_model, ()):
         if config._attn_implementation == after:  # or somebody has set another since
-            config._attn_implementation = before
+            attention.name_function(config, before)
     for block in bridge.blocks:
         experts.uninstall(block._modules.get("mlp"))
     for seen in _watching(hf_model):
@@ -217,12 +217,9 @@ def _keep_attention(bridge: Any, configs: list[Any], names: list[Any]) -> None:
 
     components = attention.rebuilt(attention.attentions_of(bridge))
     computed = {id(getattr(plain(component), "config", None)) for component in components}
-    set_by_it = [config._attn_implementation for config in configs]
-    for config, name, theirs in zip(configs * 2, names * 2, set_by_it * 2, strict=True):
-        # Twice, as setting a config's name sets those of the configs below it.
-        wanted = theirs if id(config) in computed else name
-        if config._attn_implementation != wanted:
-            config._attn_implementation = wanted
+    for config, name in zip(configs, names, strict=True):
+        if id(config) not in computed:
+            attention.name_function(config, name)
 
 
 def _configs(hf_model: nn.Module) -> list[Any]:
