@@ -162,8 +162,6 @@ def awaits_answer(messages: Sequence[Message]) -> bool:
     return not (isinstance(last, Mapping) and last.get("role") == "assistant")
 
 
-
-
 def answer_opening(model: Any, messages: Sequence[Message]) -> str:
     """Return the text between a conversation, rendered as it awaits an answer, and the answer.
 
