@@ -263,7 +263,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs().watch(hf_model)
+    PassInputs(of_bridge=True).watch(hf_model)
     return bridge
 
 
@@ -283,7 +283,7 @@ def pass_inputs(bridge: Any) -> PassInputs:
 def _watching(hf_model: Any) -> list[PassInputs]:
     # Found by its hooks, which a deep copy of the model has copies of.
     owners = (getattr(hook, "__self__", None) for hook in hf_model._forward_pre_hooks.values())
-    return [owner for owner in owners if type(owner) is PassInputs]
+    return [owner for owner in owners if isinstance(owner, PassInputs) and owner.of_bridge]
 
 
 def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -298,9 +298,13 @@ class PassInputs:
     """The inputs of the forward pass that is running, its token ids and its padding mask.
 
     A pass begins where the model is called, or a module in it that has its decoder in it.
+
+    Args:
+        of_bridge: It sees all passes of a bridge, and not those in a context alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_bridge: bool = False) -> None:
+        self.of_bridge = of_bridge
         self.handles: list[Any] = []
         # By thread, with the modules that are being called.
         self._running: dict[int, tuple[ForwardPass, list[Any]]] = {}
@@ -355,17 +359,17 @@ class PassInputs:
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of a module that has the decoder in it, or of the decoder."""
-        running, called = self._running.get(get_ident(), (None, []))
+        state = self._running.get(get_ident())
         # One that is called already was interrupted, and so is the pass.
-        if running is None or any(one is module for one in called):
-            running, called = ForwardPass(), []
-            self._running[get_ident()] = running, called
+        if state is None or any(called is module for called in state[1]):
+            self._running[get_ident()] = state = (ForwardPass(), [])
+        running, called = state
         running.calls.append(Call.of(module, args, kwargs))
         called.append(module)
 
     def forget(self, module: Any, *_: Any) -> None:
         """A forward hook of such a module: what was seen is of no later pass."""
-        _, called = self._running.get(get_ident(), (None, []))
+        called = self._running.get(get_ident(), (None, []))[1]
         while any(one is module for one in called):
             called.pop()
         if not called:
@@ -376,7 +380,7 @@ class PassInputs:
         """A pass that is over is running once more, as a part of it is computed again."""
         former = self._running.pop(get_ident(), None)
         if running is not None:
-            self._running[get_ident()] = running, []
+            self._running[get_ident()] = (running, [])
         try:
             yield
         finally:
