@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 from miner_lens.models import experts
+from miner_lens.models.collate import brings_media
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
-from miner_lens.models.modality import layout_for
+from miner_lens.models.modality import layout_for, media_tokens
 from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
 
 if TYPE_CHECKING:
@@ -247,6 +249,8 @@ class PassInputs:
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
         self.handles: list[Any] = []
+        # So many passes without media are looked at where that waits for a device.
+        self.looks = 8
         # Whose attention functions are to stay hooked, whatever is set.
         self.configs = list(configs)
 
@@ -272,6 +276,7 @@ class PassInputs:
         self.ids = kwargs.get("input_ids", args[0] if args else None)
         self.all = kwargs | {"input_ids": self.ids}
         self.real = None
+        self._warn_of_blanks(module, args[1:], kwargs)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping):  # as with a static cache, by kind of attention
             mask = mask.get("full_attention")
@@ -286,6 +291,25 @@ class PassInputs:
             # left. It is True there, or 0 and not -inf.
             last = mask[:, 0, -1, :length]
             self.real = last if last.dtype == torch.bool else last == 0
+
+    def _warn_of_blanks(self, model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Say once that there are placeholders of media without media for them."""
+        if self.ids is None or not self.looks or torch.compiler.is_compiling():
+            return
+        media = media_tokens(model.config)
+        if not media or brings_media(kwargs | dict(enumerate(args))) or past_length(kwargs):
+            return
+        self.looks -= self.ids.device.type != "cpu"
+        blanks = torch.isin(self.ids, self.ids.new_tensor(list(media.values())))
+        if blanks.any():
+            self.looks = 0
+            warnings.warn(
+                "These tokens have placeholders of media, but this pass brings no media, so the "
+                "model reads the placeholders themselves. Pass all inputs, "
+                "model(**ml.inputs(model, messages)), or open ml.bind(model, inputs) around tools "
+                "that pass tokens alone.",
+                stacklevel=2,
+            )
 
     def forget(self, *_: Any) -> None:
         """A forward hook of the Hugging Face model: what was seen is of no later pass."""

@@ -25,6 +25,7 @@ from miner_lens.models.rendering import (
     require_media,
     require_parts,
     require_texts,
+    spelled_out,
 )
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
@@ -85,15 +86,20 @@ def render(
     media = media_of(model)
     with _rendering:
         opened = [load_media(messages, processor) for messages in conversations]
-        spelled = placeholders(processor, media or {})
         for messages, read in zip(conversations, opened, strict=True):
-            require_parts(messages, read, spelled)
+            require_parts(messages, read)
+        marks = placeholders(processor, media or {})
+        spelled = next(filter(None, (spelled_out(messages, marks) for messages in opened)), "")
         try:
             batch = _encode(processor, opened, add_generation_prompt)
         except SampleError:
             raise
         except REFUSALS as error:
-            raise SampleError(f"The processor cannot read this conversation: {error}") from error
+            raise SampleError(
+                f"The processor cannot read this conversation: {error} {spelled}".strip()
+            ) from error
+        if spelled:
+            raise SampleError(spelled)
     # PaliGemma's processor adds labels, for training.
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     require_media(opened, inputs, media)
@@ -160,8 +166,6 @@ def awaits_answer(messages: Sequence[Message]) -> bool:
     """Return True if it is the assistant's turn, so that the prompt ends with its opening."""
     last = messages[-1] if messages else None
     return not (isinstance(last, Mapping) and last.get("role") == "assistant")
-
-
 
 
 def answer_opening(model: Any, messages: Sequence[Message]) -> str:
