@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
 from miner_lens.models import experts
-from miner_lens.models.forward_pass import Call, ForwardPass
+from miner_lens.models.collate import brings_media
+from miner_lens.models.forward_pass import Call, ForwardPass, past_length
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
-from miner_lens.models.modality import layout_for
+from miner_lens.models.modality import layout_for, media_tokens
 from miner_lens.models.structure import (
     ACTIVATION_NAMES,
     decoder_of,
@@ -43,6 +45,12 @@ UNKNOWN = (
 
 # The argument by which a model is told of how many positions logits are wanted.
 KEEP = "logits_to_keep"
+
+BLANKS = (
+    "These tokens have placeholders of media, but this pass brings no media, so the model reads the "
+    "placeholders themselves. Pass all inputs, model(**ml.inputs(model, messages)), or open "
+    "ml.bind(model, inputs) around tools that pass tokens alone."
+)
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
 # attention function before, and the name after.
@@ -306,6 +314,8 @@ class PassInputs:
     def __init__(self, of_bridge: bool = False) -> None:
         self.of_bridge = of_bridge
         self.handles: list[Any] = []
+        # So many passes without media are looked at where that waits for a device.
+        self.looks = 8
         # By thread, with the modules that are being called.
         self._running: dict[int, tuple[ForwardPass, list[Any]]] = {}
 
@@ -367,6 +377,9 @@ class PassInputs:
         running.calls.append(Call.of(module, args, kwargs))
         called.append(module)
 
+        if self.of_bridge and len(running.calls) == 1:
+            self._warn_of_blanks(module, running)
+
     def forget(self, module: Any, *_: Any) -> None:
         """A forward hook of such a module: what was seen is of no later pass."""
         called = self._running.get(get_ident(), (None, []))[1]
@@ -387,6 +400,19 @@ class PassInputs:
             self._running.pop(get_ident(), None)
             if former is not None:
                 self._running[get_ident()] = former
+
+    def _warn_of_blanks(self, model: Any, running: ForwardPass) -> None:
+        """Warn once that there are placeholders of media without media for them."""
+        ids, arguments = running.ids, running.calls[0].arguments
+        if ids is None or not self.looks or torch.compiler.is_compiling():
+            return
+        media = media_tokens(model.config)
+        if not media or brings_media(arguments) or past_length(arguments):
+            return
+        self.looks -= ids.device.type != "cpu"
+        if torch.isin(ids, ids.new_tensor(list(media.values()))).any():
+            self.looks = 0
+            warnings.warn(BLANKS, stacklevel=2)
 
 
 def _attach_activation(mlp: Any) -> bool:

@@ -27,6 +27,7 @@ from miner_lens.models.rendering import (
     require_media,
     require_parts,
     require_texts,
+    spelled_out,
 )
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
@@ -92,15 +93,20 @@ def render(
     media = media_of(model)
     with _rendering:
         opened = [load_media(m, processor, **processor_kwargs) for m in conversations]
-        spelled = placeholders(processor, media or {})
         for messages, parts in zip(conversations, opened, strict=True):
-            require_parts(messages, parts, spelled)
+            require_parts(messages, parts)
+        marks = placeholders(processor, media or {})
+        spelled = next(filter(None, (spelled_out(messages, marks) for messages in opened)), "")
         try:
-            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs, spelled)
+            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs, marks)
         except SampleError:
             raise
         except REFUSALS as error:
-            raise SampleError(f"The processor cannot read this conversation: {error}") from error
+            raise SampleError(
+                f"The processor cannot read this conversation: {error} {spelled}".strip()
+            ) from error
+        if spelled:
+            raise SampleError(spelled)
     require_media(opened, inputs, media)
     return inputs
 

@@ -9,10 +9,10 @@ from itertools import product
 from typing import Any
 
 from jinja2 import TemplateError
-from torch import Tensor
 
 from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.access import layout
+from miner_lens.models.collate import brings_media
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import MEDIA
 
@@ -41,19 +41,15 @@ def placeholders(processor: Any, media: Mapping[str, int]) -> set[str]:
     return {*of_processor, *tokenizer.convert_ids_to_tokens(list(media.values()))}
 
 
-def require_parts(
-    messages: Sequence[Message], opened: Sequence[Message], placeholders: Collection[str]
-) -> None:
-    """Refuse parts that nobody reads wholly, and texts that pass for a medium.
+def require_parts(messages: Sequence[Message], opened: Sequence[Message]) -> None:
+    """Refuse parts that nobody reads, or not wholly.
 
     Args:
         messages: A conversation.
         opened: The same conversation with its media opened.
-        placeholders: What stands for a medium in a text.
 
     Raises:
-        SampleError: A part is neither text nor a medium, or has contents of two kinds; or a text is
-            no string, or has a placeholder.
+        SampleError: A part is neither text nor a medium, or has contents of two kinds.
     """
     for message, original in zip(opened, messages, strict=True):
         for part, before in zip(_parts(message), _parts(original), strict=True):
@@ -72,13 +68,19 @@ def require_parts(
                     f"A part of type {before['type']!r} has {second[0]!r} as well, which would not "
                     "be read. Make each a part of its own."
                 )
+
+
+def spelled_out(messages: Sequence[Message], placeholders: Collection[str]) -> str:
+    """Return what is wrong with a text that has a placeholder of a medium, or nothing."""
+    for message in messages:
         for text, placeholder in product(_texts(message), placeholders):
             if placeholder in text:
-                raise SampleError(
+                return (
                     f"A text of the {message['role']} message spells out {placeholder!r}, which "
-                    "stands for a medium. Take it out of the text, and make the medium a part of "
+                    "stands for a medium. Take it out of the text, and make each medium a part of "
                     "its own: {'type': 'image', 'image': ...}."
                 )
+    return ""
 
 
 def fit_template(
@@ -201,17 +203,6 @@ def require_media(
                 "no such medium. Give each medium as a part of its own: "
                 "{'type': 'image', 'image': ...}."
             )
-
-
-def brings_media(inputs: Mapping[str, Any]) -> bool:
-    """Return True if there are media, or what an encoder made of them, among model inputs."""
-    return any(
-        value.is_floating_point() if isinstance(value, Tensor) else bool(value)
-        for name, value in inputs.items()
-        if name not in ("attention_mask", "inputs_embeds")
-        and isinstance(value, Tensor | Mapping | Sequence)
-        and not isinstance(value, str)
-    )
 
 
 def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
