@@ -144,8 +144,8 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     real = prompt_of(inputs, tails) if any(tails) else inputs.get("attention_mask")
     masks = layout(model).masks(inputs["input_ids"], real)
     values, numbers = tuple(item.value for item in items), tuple(item.number for item in items)
-    names = tuple(item.name for item in items)
-    return Batch(inputs, masks, names, values, numbers, answers, tails)
+    ids = tuple(item.name for item in items)
+    return Batch(inputs, masks, ids, values, numbers, answers, tails)
 
 
 @dataclass(frozen=True)
