@@ -16,13 +16,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import (
+    create_position_bias_mask,
+    sdpa_attention_forward,
+)
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from miner_lens.models.inside import hf_model_of
@@ -47,6 +52,32 @@ Output = tuple[Tensor, Tensor | None]
 BRIDGE = "_miner_lens_bridge"
 # And what it has multiplied QK^T by; some have it in the queries already, and multiply by 1.
 SCALE = "_miner_lens_scale"
+# And the `Call` that is running, while hooks see its queries and keys.
+CALL = "_miner_lens_call"
+
+
+@dataclass
+class Call:
+    """What the function of native attention is told beside queries and keys.
+
+    Attributes:
+        mask: [batch head query key], True or 0 where a query sees a key, or None.
+        causal: Whether a query sees no later keys where there is no mask.
+        explicit: Whether the pattern is more than a softmax of what queries, keys and mask add up
+            to, as with sinks and soft caps, so that only the family's own function has it.
+        readers: Are given such a pattern, [batch head query key], once it is there.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    explicit: bool
+    readers: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+
+def call_of(attention: Any) -> Call | None:
+    """The call of a layer's native attention whose queries and keys hooks are seeing."""
+    call: Call | None = vars(attention.original_component).get(CALL)
+    return call
 
 
 def attentions_of(bridge: Any) -> list[Any]:
@@ -199,22 +230,40 @@ def _config(bridge: Any) -> Any:
 
 
 def _rotated(
-    module: nn.Module, query: Tensor, key: Tensor, scaling: float | None = None
+    module: nn.Module, query: Tensor, key: Tensor, call: Call, scaling: float | None = None
 ) -> tuple[Any, Tensor, Tensor]:
     bridge = vars(module).get(BRIDGE)
     if bridge is None or not hasattr(bridge, HOOKS[0]):
         return bridge, query, key
     if scaling is not None:
         vars(module)[SCALE] = scaling
-    return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
+    vars(module)[CALL] = call
+    try:
+        return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
+    finally:
+        del vars(module)[CALL]
 
 
-def _eager(module: nn.Module) -> Callable[..., Output]:
+def _eager(kind: type) -> Callable[..., Output]:
     """The model family's own eager attention, with its own soft caps or sinks."""
-    function: Callable[..., Output] = vars(sys.modules[type(module).__module__])[
-        "eager_attention_forward"
-    ]
+    function: Callable[..., Output] = vars(sys.modules[kind.__module__])["eager_attention_forward"]
     return function
+
+
+@cache
+def _beyond_sdpa(kind: type) -> frozenset[str]:
+    """Arguments that change the pattern of a family's own attention, and that sdpa leaves out."""
+    own = vars(sys.modules[kind.__module__]).get("eager_attention_forward")
+    names = {"s_aux"} if own is None else {"s_aux", *signature(own).parameters}
+    return frozenset(names - signature(sdpa_attention_forward).parameters.keys())
+
+
+def _explicitly(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Output:
+    output, pattern = _eager(type(module))(module, *args, **kwargs)
+    if pattern is not None:
+        for read in call.readers:
+            read(pattern.detach())
+    return output, pattern
 
 
 def _rotate(attention: Any, *given: Any) -> tuple[Tensor, Tensor]:
@@ -229,8 +278,8 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
     if mask is None:
         if queries == 1 or not causal:
             return None
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril(keys - queries)[None, None]
+        # As sdpa has it, also where a static cache has room for more keys.
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask
     lowest = torch.finfo(query.dtype).min
@@ -245,8 +294,9 @@ def _hooked_eager(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Output:
-    _, query, key = _rotated(module, query, key, kwargs.get("scaling"))
-    return _eager(module)(module, query, key, value, attention_mask, **kwargs)
+    call = Call(attention_mask, causal=False, explicit=True)
+    _, query, key = _rotated(module, query, key, call, kwargs.get("scaling"))
+    return _explicitly(call, module, query, key, value, attention_mask, **kwargs)
 
 
 def _hooked_sdpa(
@@ -257,11 +307,18 @@ def _hooked_sdpa(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Output:
-    bridge, query, key = _rotated(module, query, key, kwargs.get("scaling"))
-    if _reads_pattern(bridge) or kwargs.get("s_aux") is not None:  # sinks, which sdpa leaves out
-        causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(causal) and query.shape[2] > 1
+    explicit = any(kwargs.get(name) is not None for name in _beyond_sdpa(type(module)))
+    seen = attention_mask
+    if (bias := kwargs.get("position_bias")) is not None:
+        seen = create_position_bias_mask(bias, attention_mask, causal, query, key)
+    call = Call(seen, causal, explicit)
+    bridge, query, key = _rotated(module, query, key, call, kwargs.get("scaling"))
+    if explicit or _reads_pattern(bridge):
         attention_mask = _additive(attention_mask, causal, query, key)
-        return _eager(module)(module, query, key, value, attention_mask, **kwargs)
+        return _explicitly(call, module, query, key, value, attention_mask, **kwargs)
     output: Output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 
