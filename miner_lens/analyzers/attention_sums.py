@@ -136,7 +136,7 @@ class AttentionSums:
         queries: list[Tensor],
         keys: list[Tensor],
         attention: Any,
-        calls: list[Call],
+        calls: list[Call | None],
     ) -> list[Tensor]:
         # Some families call attention once for each image or window, some for all items at once.
         sizes = tuple(part.shape[1] for part in queries for _ in part)
@@ -229,11 +229,10 @@ class AttentionSums:
         batch = running()
         if batch is None:
             raise RuntimeError(OUTSIDE.format(tower=self.site))
-        queries_keys = ([], [], attention, [])
-        seen = self.kept(batch).setdefault(("seen", layer), queries_keys)
+        seen = self.kept(batch).setdefault(("seen", layer), ([], [], attention, []))
         seen[part].append(x.detach())
-        if part and (call := call_of(attention)) is not None:
-            seen[-1].append(call)
+        if part:
+            seen[-1].append(call_of(attention))
 
 
 @dataclass(frozen=True)
@@ -302,8 +301,8 @@ def _visible(call: Call, batch: Batch, layer: int, query: Tensor, key: Tensor) -
             return {"causal": True}
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
         return {"causal": call.causal, "attention_mask": everything}
-    shape = torch.broadcast_shapes(call.mask.shape, (1, 1, queries, keys))
-    mask, real = call.mask.detach().expand(shape), batch.real.to(call.mask.device)
+    mask = call.mask.detach().expand(_broadcast(call.mask, 1, queries, keys))
+    real = batch.real.to(mask.device)
 
     def look() -> dict[str, Any]:
         if bool(kernels.is_plain_causal(mask, real)):
@@ -326,34 +325,37 @@ def _of_mask(batch: Batch, mask: Tensor, key: Hashable, look: Callable[[], T]) -
     return batch.once(key, lambda: (look(), mask))[0]
 
 
-def _within_items(calls: list[Call], units: list[torch.Size], batch: TowerBatch) -> bool:
-    """Whether each row attends to all real rows of its item, and to no others."""
+def _within_items(calls: list[Call | None], units: list[torch.Size], batch: TowerBatch) -> bool:
+    """Tell whether each row attends to all real rows of its item, and to no others."""
     start = 0
     for call, (count, rows) in zip(calls, units, strict=True):
-        if call.explicit or (call.mask is None and call.causal):
+        if call is None or call.explicit or (call.mask is None and call.causal):
             return False
-        look = partial(_masks_items, call.mask, start, count, rows, batch)
-        if call.mask is not None and not _of_mask(
-            batch.whole, call.mask, ("items", batch.call, start), look
-        ):
-            return False
+        if call.mask is not None:
+            look = partial(_masks_items, call.mask, start, count, rows, batch)
+            if not _of_mask(batch.whole, call.mask, ("items", batch.call, start), look):
+                return False
         start += count * rows
     return True
 
 
 def _masks_items(mask: Tensor, start: int, count: int, rows: int, batch: TowerBatch) -> bool:
-    shape = torch.broadcast_shapes(mask.shape, (count, 1, rows, rows))
+    shape = _broadcast(mask, count, rows, rows)
     if shape[-2:] != (rows, rows):
         return False
     here = slice(start, start + count * rows)
-    items, real = (
-        x[here].to(mask.device).view(count, rows) for x in (batch.rows.items, batch.rows.real)
-    )
+    items = batch.rows.items[here].to(mask.device).view(count, rows)
+    real = batch.rows.real[here].to(mask.device).view(count, rows)
     for unit, item, own in zip(mask.expand(shape), items, real, strict=True):
         agrees = kernels.lets_see(unit, (item[:, None] == item) & own)
         if not bool((agrees | ~own[:, None]).all()):
             return False
     return True
+
+
+def _broadcast(mask: Tensor, batch: int, queries: int, keys: int) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(mask.shape, (batch, 1, queries, keys))  # type: ignore[no-untyped-call]
+    return shape
 
 
 Stretch = tuple[Int[Tensor, " real"] | None, kernels.Segments]

@@ -251,7 +251,7 @@ def _eager(kind: type) -> Callable[..., Output]:
 
 
 @cache
-def _beyond_sdpa(kind: type) -> frozenset[str]:
+def _beyond_sdpa(kind: Any) -> frozenset[str]:
     """Arguments that change the pattern of a family's own attention, and that sdpa leaves out."""
     own = vars(sys.modules[kind.__module__]).get("eager_attention_forward")
     names = {"s_aux"} if own is None else {"s_aux", *signature(own).parameters}
@@ -310,7 +310,7 @@ def _hooked_sdpa(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(causal) and query.shape[2] > 1
-    explicit = any(kwargs.get(name) is not None for name in _beyond_sdpa(type(module)))
+    explicit = any(kwargs.get(name) is not None for name in _beyond_sdpa(type(module)))  # type: ignore[arg-type]
     seen = attention_mask
     if (bias := kwargs.get("position_bias")) is not None:
         seen = create_position_bias_mask(bias, attention_mask, causal, query, key)

@@ -155,9 +155,10 @@ class _Pattern:
         self.attention_mask = None
         if attention_mask is not None:
             self.mask = None  # which keys are padding is part of it
-            shape = (self.batch, self.heads, self.pos, self.pos)
-            self.attention_mask = (
-                attention_mask.detach().expand(shape).unflatten(1, (kv_heads, self.group))
+            self.attention_mask = rearrange(
+                attention_mask.detach().expand(self.batch, self.heads, self.pos, self.pos),
+                "batch (kv_head group) query key -> kv_head batch group query key",
+                group=self.group,
             )
         self.segments = segments
         self.index = torch.arange(self.pos, device=q.device)
@@ -178,7 +179,7 @@ class _Pattern:
             scores = torch.bmm(some, keys[:, :, first:last])
             scores = scores.view(self.batch, self.group, stop - start, last - first)
             if self.attention_mask is not None:
-                masked = self.attention_mask[:, head, :, start:stop, first:last].to(scores.device)
+                masked = self.attention_mask[head, :, :, start:stop, first:last].to(scores.device)
                 if masked.dtype == torch.bool:
                     scores.masked_fill_(~masked, torch.finfo(torch.float32).min)
                 else:
