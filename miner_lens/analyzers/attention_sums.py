@@ -200,10 +200,10 @@ class AttentionSums:
         if self.causal and call is None:
             raise RuntimeError(NO_ROTATED)
         if call is not None and call.explicit:
-            call.readers.append(partial(self._keep_pattern, layer, batch))
+            call.readers.append(partial(self.keep_pattern, layer, batch))
             return
         if call is not None:
-            options |= _visible(call, batch, layer, query, key)
+            options |= visible(call, batch, layer, query, key)
             key = key[:, :, : query.shape[2]]
         kept[layer] = self.weights(
             query, key, batch.stacked.to(key.device), scale=scale_of(attention), **options
@@ -211,15 +211,21 @@ class AttentionSums:
 
     def _see_pattern(self, layer: int, running: Running, pattern: Tensor, hook: Any) -> None:
         if (batch := running()) is not None:
-            self._keep_pattern(layer, batch, pattern.detach())
+            self.keep_pattern(layer, batch, pattern.detach())
 
-    def _keep_pattern(self, layer: int, batch: Batch, pattern: Tensor) -> None:
+    def keep_pattern(self, layer: int, batch: Batch, pattern: Tensor) -> None:
+        """Keep what `of_pattern` makes of a layer's pattern, [batch head query key].
+
+        Raises:
+            RuntimeError: Queries see keys that are not the prompt's.
+        """
         queries, keys = pattern.shape[-2:]
-        if keys > queries and bool(pattern[..., queries:].any()):
-            raise RuntimeError(OTHER_KEYS.format(layer=layer, queries=queries, keys=keys))
-        mean = pattern[..., :queries].mean(1, dtype=torch.float32)
+        padding = ~batch.real.to(pattern.device)[..., None]
         # Padding may see nothing at all, of which some families make NaN.
-        mean = mean.masked_fill_(~batch.real.to(mean.device)[..., None], 0.0)
+        mean = pattern.mean(1, dtype=torch.float32).masked_fill_(padding, 0.0)
+        if keys > queries and bool(mean[..., queries:].any()):
+            raise RuntimeError(OTHER_KEYS.format(layer=layer, queries=queries, keys=keys))
+        mean = mean[..., :queries]
         self.kept(batch)[layer] = self.of_pattern(mean, batch.stacked.to(mean.device))
 
     def _see_part(
@@ -285,7 +291,7 @@ def _heads_first(x: Tensor, hook: Any) -> Tensor:
     return x.detach() if getattr(hook, "pos_dim", 1) == 2 else x.detach().transpose(1, 2)
 
 
-def _visible(call: Call, batch: Batch, layer: int, query: Tensor, key: Tensor) -> dict[str, Any]:
+def visible(call: Call, batch: Batch, layer: int, query: Tensor, key: Tensor) -> dict[str, Any]:
     """Which keys the queries of a prompt see in a call of attention, as kernels are told.
 
     Raises:
@@ -301,10 +307,11 @@ def _visible(call: Call, batch: Batch, layer: int, query: Tensor, key: Tensor) -
             return {"causal": True}
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
         return {"causal": call.causal, "attention_mask": everything}
-    mask = call.mask.detach().expand(_broadcast(call.mask, 1, queries, keys))
-    real = batch.real.to(mask.device)
+    given = call.mask
 
     def look() -> dict[str, Any]:
+        mask = given.detach().expand(_broadcast(given, 1, queries, keys))
+        real = batch.real.to(mask.device)
         if bool(kernels.is_plain_causal(mask, real)):
             return {"causal": True}
         beyond = mask[..., queries:]
@@ -313,7 +320,7 @@ def _visible(call: Call, batch: Batch, layer: int, query: Tensor, key: Tensor) -
             raise RuntimeError(problem)
         return {"causal": False, "attention_mask": mask[..., :queries]}
 
-    return _of_mask(batch, call.mask, ("visible", queries, keys), look)
+    return _of_mask(batch, given, ("visible", queries, keys), look)
 
 
 def _of_mask(batch: Batch, mask: Tensor, key: Hashable, look: Callable[[], T]) -> T:

@@ -90,7 +90,11 @@ def batch(side: str) -> dict[str, Tensor]:
     ]
     ids = torch.tensor(padded)
     mask = (ids != 0).long()
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1).sub(1).clamp(0)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": mask.cumsum(1).sub(1).clamp(0),
+    }
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -137,9 +141,6 @@ def test_generation_in_any_way(model: Any, feeding: str, padded: bool) -> None:
     inputs.pop("position_ids", None)
     options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "eos_token_id": None}
-    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
-    if chunked and (padded or len(FEEDING[feeding]) > 1):
-        pytest.skip("transformers itself counts chunks otherwise there")
     with ml.knockout(model, "image"):
         out = model.generate(**inputs, **options, **FEEDING[feeding])
     for row, ids in enumerate(rows):
