@@ -1,4 +1,4 @@
-"""Seventeen families of models, and where in each of them neurons are, written by hand."""
+"""Eighteen families of models, and where in each of them neurons are, written by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from tests.families import (
     Made,
     gemma3,
+    gemma4,
     instructblip,
     internvl,
     llama,
@@ -140,6 +141,19 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "gemma3": Family(gemma3, {"llm": LLM, "vision": _siglip(TOWER, ("image", THREE))}),
+    "gemma4": Family(
+        gemma4,
+        {
+            "llm": LLM,
+            "vision": Part(
+                TOWER,
+                "mlp.act_fn",
+                "self_attn",
+                "mlp.down_proj.linear",
+                (("image", ((0, 16), (0, 16), (2, 16))),),
+            ),
+        },
+    ),
     "paligemma": Family(paligemma, {"llm": LLM, "vision": _siglip(TOWER, ("image", THREE))}),
     "internvl": Family(
         internvl,

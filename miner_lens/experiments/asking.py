@@ -191,8 +191,8 @@ class Asking:
         """What the model says of each answer, in one pass."""
         hf_model = hf_model_of(self._model)
         lengths = [1 + len(one.forced.answer) for one in batch]
-        with last_logits(hf_model, max(lengths)) as options:
-            logits = hf_model(**inputs, use_cache=False, **options).logits
+        with last_logits(hf_model, max(lengths)):
+            logits = hf_model(**inputs, use_cache=False).logits
         return [
             Read.of(row[-length:], one.forced.answer, self._ends)
             for one, row, length in zip(batch, logits, lengths, strict=True)

@@ -2,38 +2,32 @@
 
 TransformerLens gives every rotary attention of a decoder `hook_rot_q` and `hook_rot_k`, and
 `miner_lens.models.opening` those of towers, but where the Hugging Face attention is kept
-(multimodal RoPE needs that) nothing fires them. Hugging Face lets a
-named function compute attention from queries and keys after RoPE; the ones registered here fire
-those hook points and then do what the built-in function of that name does, bit for bit.
-
-A name must also be registered for mask creation: without it transformers builds no mask at all
-and the decoder silently attends to the future.
+(multimodal RoPE needs that) nothing fires them. Hugging Face has attention computed from queries
+and keys after RoPE by the function that `AttentionInterface.get_interface` returns. What it returns
+is called through `_attend` here, which fires those hook points for modules that are in a bridge and
+does nothing for others. The name of the function stays: some families ask for it, and mask by it.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
-from inspect import signature
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import (
     create_position_bias_mask,
     sdpa_attention_forward,
 )
-from transformers.masking_utils import eager_mask, sdpa_mask
 
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.sites import HOOKS, Tower, sites
-
-HOOKED = {"eager": "hooked_eager", "sdpa": "hooked_sdpa"}
+from miner_lens.models.structure import children
 
 REBUILT = (
     "TransformerLens rebuilds this model's attention, with a [head, query, key] tensor in every "
@@ -54,6 +48,8 @@ BRIDGE = "_miner_lens_bridge"
 SCALE = "_miner_lens_scale"
 # And the `Call` that is running, while hooks see its queries and keys.
 CALL = "_miner_lens_call"
+# What tells that transformers' interface is hooked.
+HOOKED = "_miner_lens_hooked"
 
 
 @dataclass
@@ -97,21 +93,27 @@ def rebuilt(attentions: list[Any]) -> list[Any]:
     return [bridge for bridge in attentions if not _is_native(bridge)]
 
 
-def unreadable(bridge: Any) -> list[Any]:
-    """Attentions of the decoder of which no hook point has queries and keys as they are multiplied.
+def unreadable(bridge: Any) -> str | None:
+    """Why no hook point has a decoder's queries and keys as they are multiplied; None where it has.
 
     They are computed by neither Hugging Face's interface nor TransformerLens, or normed after RoPE,
-    or choose which keys they look at (DeepSeek's sparse attention).
+    or choose which keys they look at (DeepSeek's sparse attention), or a layer has none, as with
+    linear attention.
     """
     from transformer_lens.model_bridge.generalized_components import GlmMoeDsaAttentionBridge
 
-    return [
-        one
-        for one in attentions_of(bridge)
-        if (_is_native(one) and _config(one) is None)
-        or (not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False))
-        or isinstance(one, GlmMoeDsaAttentionBridge)
-    ]
+    for layer, block in enumerate(bridge.blocks):
+        one = block._modules.get("attn")
+        if one is None:
+            parts = ", ".join(children(block))
+            return f"layer {layer} has no attention by queries and keys, but {parts}"
+        if _is_native(one) and _config(one) is None:
+            return f"layer {layer} computes attention outside transformers' interface"
+        if not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False):
+            return f"layer {layer} norms them after RoPE"
+        if isinstance(one, GlmMoeDsaAttentionBridge):
+            return f"layer {layer} chooses which keys are looked at"
+    return None
 
 
 def rotated_points(bridge: Any, layer: int) -> tuple[str, str]:
@@ -138,39 +140,25 @@ def scale_of(attention: Any) -> float | None:
 def install(bridge: Any) -> None:
     """Make native attention fire `hook_rot_q` and `hook_rot_k`, in the decoder and in towers.
 
-    Idempotent. The computation stays what the config names (eager or sdpa), bit for bit; with
-    sdpa, a layer whose `hook_pattern` is being read computes its pattern explicitly. Attention
-    that TransformerLens rebuilds fires the hooks already, but for that with one projection for
-    queries, keys and values, of which the rotation is made to.
+    Idempotent. The computation stays what the config names, bit for bit; with sdpa, a layer whose
+    `hook_pattern` is being read computes its pattern explicitly. Attention that TransformerLens
+    rebuilds fires the hooks already, but for that with one projection for queries, keys and
+    values, of which the rotation is made to.
     """
+    if not hasattr(AttentionInterface.get_interface, HOOKED):
+        AttentionInterface.get_interface = _through(  # type: ignore[method-assign]
+            AttentionInterface.get_interface
+        )
     for one in _native(bridge):
         vars(one.original_component)[BRIDGE] = one
     for one in rebuilt(attentions_of(bridge)):
         if hasattr(one, ROTATE) and hasattr(one, HOOKS[0]):
             # A partial, because a deep copy of it belongs to the copy.
             vars(one)[ROTATE] = partial(_rotate, one)
-    keep(configs_of(bridge))
-
-
-def configs_of(bridge: Any) -> list[Any]:
-    """The configs that name the function of native attention, each once."""
-    found = (one.original_component.config for one in _native(bridge))
-    return list({id(config): config for config in found}.values())
-
-
-def keep(configs: list[Any]) -> None:
-    """Have attention fire hooks also after somebody has set another function by name."""
-    for config in configs:
-        if config._attn_implementation in HOOKED:
-            config._attn_implementation = HOOKED[config._attn_implementation]
 
 
 def uninstall(bridge: Any) -> None:
-    """Have Hugging Face compute attention by its own functions again, undoing `install`."""
-    own = {hooked: name for name, hooked in HOOKED.items()}
-    for config in configs_of(bridge):
-        name = config._attn_implementation
-        config._attn_implementation = own.get(name, name)
+    """Take what `install` left on a model's modules off them."""
     for one in _native(bridge):
         for name in (BRIDGE, SCALE):
             vars(one.original_component).pop(name, None)
@@ -178,23 +166,41 @@ def uninstall(bridge: Any) -> None:
 
 @contextmanager
 def fused(bridge: Any) -> Iterator[None]:
-    """Compute native attention fused and hooked, whatever the model's own setting is.
+    """Compute native attention fused where the model can, whatever its own setting is.
 
-    Eager attention would take memory for its pattern, and other functions (flash attention) fire
-    no hooks. The model's setting comes back afterwards. Attention that TransformerLens rebuilds
+    Eager attention would take memory for its pattern, and other functions (flash attention) have
+    other masks. A part that has no fused attention, such as one with soft caps, computes its own
+    eager one. The model's setting comes back afterwards. Attention that TransformerLens rebuilds
     cannot be fused; its own hooks are used, and a warning says so.
     """
-    configs = configs_of(bridge)
     if rebuilt(attentions_of(bridge)):
         warnings.warn(REBUILT, stacklevel=2)
-    former = [config._attn_implementation for config in configs]
+    configs = _fusible(bridge)
+    former = [config._attn_implementation for config, _ in configs]
     try:
-        for config in configs:
-            config._attn_implementation = HOOKED["sdpa"]
+        for config, name in configs:
+            config._attn_implementation = name
         yield
     finally:
-        for config, name in zip(configs, former, strict=True):
+        for (config, _), name in zip(configs, former, strict=True):
             config._attn_implementation = name
+
+
+def _fusible(bridge: Any) -> list[tuple[Any, str]]:
+    """The configs of native attention, each once, with what transformers would have them name."""
+    owners = {
+        module: model  # the innermost, as it comes last
+        for model in hf_model_of(bridge).modules()
+        if isinstance(model, PreTrainedModel)
+        for module in model.modules()
+    }
+    names: dict[int, tuple[Any, str]] = {}
+    for one in _native(bridge):
+        module = one.original_component
+        if module in owners:
+            name = owners[module].get_correct_attn_implementation(None)
+            names.setdefault(id(module.config), (module.config, name))
+    return list(names.values())
 
 
 def _native(bridge: Any) -> list[Any]:
@@ -229,43 +235,6 @@ def _config(bridge: Any) -> Any:
     return getattr(bridge.original_component, "config", None)
 
 
-def _rotated(
-    module: nn.Module, query: Tensor, key: Tensor, call: Call, scaling: float | None = None
-) -> tuple[Any, Tensor, Tensor]:
-    bridge = vars(module).get(BRIDGE)
-    if bridge is None or not hasattr(bridge, HOOKS[0]):
-        return bridge, query, key
-    if scaling is not None:
-        vars(module)[SCALE] = scaling
-    vars(module)[CALL] = call
-    try:
-        return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
-    finally:
-        del vars(module)[CALL]
-
-
-def _eager(kind: type) -> Callable[..., Output]:
-    """The model family's own eager attention, with its own soft caps or sinks."""
-    function: Callable[..., Output] = vars(sys.modules[kind.__module__])["eager_attention_forward"]
-    return function
-
-
-@cache
-def _beyond_sdpa(kind: Any) -> frozenset[str]:
-    """Arguments that change the pattern of a family's own attention, and that sdpa leaves out."""
-    own = vars(sys.modules[kind.__module__]).get("eager_attention_forward")
-    names = {"s_aux"} if own is None else {"s_aux", *signature(own).parameters}
-    return frozenset(names - signature(sdpa_attention_forward).parameters.keys())
-
-
-def _explicitly(call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Output:
-    output, pattern = _eager(type(module))(module, *args, **kwargs)
-    if pattern is not None:
-        for read in call.readers:
-            read(pattern.detach())
-    return output, pattern
-
-
 def _rotate(attention: Any, *given: Any) -> tuple[Tensor, Tensor]:
     """The rotation of attention that TransformerLens rebuilds, with hooks on what it gives."""
     query, key = getattr(type(attention), ROTATE)(attention, *given)
@@ -286,49 +255,73 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
 
 
-def _hooked_eager(
+def _through(get_interface: Callable[..., Any]) -> Callable[..., Any]:
+    """Have what `AttentionInterface.get_interface` returns called through `_attend`."""
+
+    @wraps(get_interface)
+    def hooked(interface: Any, attn_implementation: Any, default: Any) -> Any:
+        function = get_interface(interface, attn_implementation, default)
+        return partial(_attend, function, default)
+
+    setattr(hooked, HOOKED, True)
+    return hooked
+
+
+def _attend(
+    function: Callable[..., Output],
+    eager: Callable[..., Output],
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Output:
+    """Compute attention by a function, with hooks on queries and keys.
+
+    Args:
+        function: What computes attention.
+        eager: The model family's own eager attention, with its own soft caps or sinks.
+        module: The attention module; in no bridge, nothing else is done.
+        args: Queries, keys, values and the mask, as the family gives them.
+        kwargs: More of these, and options.
+    """
+    bridge = vars(module).get(BRIDGE)
+    if bridge is None or not hasattr(bridge, HOOKS[0]):
+        return function(module, *args, **kwargs)
+    return _hooked(bridge, function, eager, module, *args, **kwargs)
+
+
+def _hooked(
+    bridge: Any,
+    function: Callable[..., Output],
+    eager: Callable[..., Output],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
+    attention_mask: Any = None,
+    **options: Any,
 ) -> Output:
-    call = Call(attention_mask, causal=False, explicit=True)
-    _, query, key = _rotated(module, query, key, call, kwargs.get("scaling"))
-    return _explicitly(call, module, query, key, value, attention_mask, **kwargs)
-
-
-def _hooked_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> Output:
-    causal = kwargs.get("is_causal")
+    if options.get("scaling") is not None:
+        vars(module)[SCALE] = options["scaling"]
+    causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(causal) and query.shape[2] > 1
-    explicit = any(kwargs.get(name) is not None for name in _beyond_sdpa(type(module)))  # type: ignore[arg-type]
-    seen = attention_mask
-    if (bias := kwargs.get("position_bias")) is not None:
-        seen = create_position_bias_mask(bias, attention_mask, causal, query, key)
-    call = Call(seen, causal, explicit)
-    bridge, query, key = _rotated(module, query, key, call, kwargs.get("scaling"))
-    if explicit or _reads_pattern(bridge):
-        attention_mask = _additive(attention_mask, causal, query, key)
-        return _explicitly(call, module, query, key, value, attention_mask, **kwargs)
-    output: Output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    call = Call(attention_mask, causal, explicit=function is not sdpa_attention_forward)
+    if not call.explicit and (bias := options.get("position_bias")) is not None:
+        call.mask = create_position_bias_mask(bias, attention_mask, causal, query, key)
+    vars(module)[CALL] = call
+    try:
+        query, key = bridge.hook_rot_q(query), bridge.hook_rot_k(key)
+    finally:
+        del vars(module)[CALL]
+    if not call.explicit and _reads_pattern(bridge):
+        function, attention_mask = eager, _additive(attention_mask, causal, query, key)
+    output = function(module, query, key, value, attention_mask, **options)
+    if (pattern := output[1]) is not None:
+        for read in call.readers:
+            read(pattern.detach())
     return output
 
 
 def _reads_pattern(bridge: Any) -> bool:
     points = (getattr(bridge, name, None) for name in ("hook_pattern", "hook_attn_scores"))
     return any(point is not None and point.has_hooks() for point in points)
-
-
-AttentionInterface.register(HOOKED["eager"], _hooked_eager)
-AttentionMaskInterface.register(HOOKED["eager"], eager_mask)
-AttentionInterface.register(HOOKED["sdpa"], _hooked_sdpa)
-AttentionMaskInterface.register(HOOKED["sdpa"], sdpa_mask)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,8 @@ from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
+from miner_lens.models.structure import ACTIVATION_NAMES, decoder_of, mlp_names, part, plain, walk
+from miner_lens.models.unchanged import CHANGED, NOT_COMPARED, difference, short_logits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,6 +31,9 @@ UNKNOWN = (
     "docs/adding-a-model-family.md."
 )
 
+# The argument by which a model is told of how many positions logits are wanted.
+KEEP = "logits_to_keep"
+
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
 # attention function before, and the name after.
 _attention_names: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, str, str]]] = (
@@ -39,7 +45,9 @@ _added: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = weakref.We
 
 
 def wrap(
-    hf_model: PreTrainedModel, processor: ProcessorMixin | Any | None = None
+    hf_model: PreTrainedModel,
+    processor: ProcessorMixin | Any | None = None,
+    check: bool = True,
 ) -> TransformerBridge:
     """Turn a loaded Hugging Face model into a `TransformerBridge` with neuron hook points.
 
@@ -50,9 +58,13 @@ def wrap(
         hf_model: The model; its weights stay where and what they are. It may have PEFT adapters.
             Wrappers around it (torch.compile, DistributedDataParallel, PEFT) are looked through.
         processor: Its processor. Without one, feed prepared inputs instead of messages.
+        check: Compare the logits of a short prompt before and after, and refuse a model whose
+            logits differ by more than rounding. A warning says why where they cannot be compared,
+            as with offloaded weights.
 
     Raises:
-        ValueError: The model family is unknown or the model is wrapped already.
+        ValueError: The model family is unknown, the model is wrapped already, or its logits are
+            others in a bridge; then it is as it was.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -65,6 +77,7 @@ def wrap(
             "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
     _require_adapter(hf_model)
+    expected = short_logits(hf_model) if check else None
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
@@ -78,6 +91,7 @@ def wrap(
         tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    _keep_attention(bridge, configs, before)
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
     _added[hf_model] = [
@@ -90,7 +104,26 @@ def wrap(
     bridge.modality_layout = (
         None if tokenizer is None else layout_for(architecture, hf_model.config, tokenizer)
     )
-    return prepare(bridge)
+    prepare(bridge)
+    if expected is not None:
+        _require_unchanged(bridge, expected)
+    return bridge
+
+
+def _require_unchanged(bridge: Any, expected: Tensor | str) -> None:
+    """Refuse a bridge in which a model's logits are others than were expected, and undo it."""
+    hf_model, got = hf_model_of(bridge), expected
+    if isinstance(expected, Tensor):
+        got = short_logits(hf_model)
+    if isinstance(expected, str) or isinstance(got, str):
+        warnings.warn(NOT_COMPARED.format(why=got), stacklevel=3)
+        return
+    apart, rounding = difference(expected, got)
+    if apart > rounding:
+        adapter = type(bridge.adapter).__name__
+        unwrap(bridge)
+        told = {"architecture": type(hf_model).__name__, "adapter": adapter}
+        raise ValueError(CHANGED.format(apart=apart, rounding=rounding, **told))
 
 
 def prepared_bridge(model: Any) -> Any:
@@ -168,6 +201,20 @@ def _take_out(module: nn.Module) -> None:
             _take_out(child)
 
 
+def _keep_attention(bridge: Any, configs: list[Any], names: list[Any]) -> None:
+    """Leave to TransformerLens the names of attention functions where it computes attention."""
+    from miner_lens.models import attention
+
+    components = attention.rebuilt(attention.attentions_of(bridge))
+    computed = {id(getattr(plain(component), "config", None)) for component in components}
+    set_by_it = [config._attn_implementation for config in configs]
+    for config, name, theirs in zip(configs * 2, names * 2, set_by_it * 2, strict=True):
+        # Twice, as setting a config's name sets those of the configs below it.
+        wanted = theirs if id(config) in computed else name
+        if config._attn_implementation != wanted:
+            config._attn_implementation = wanted
+
+
 def _configs(hf_model: nn.Module) -> list[Any]:
     """The configs of a model's parts that name an attention function, each once."""
     found = (getattr(module, "config", None) for module in hf_model.modules())
@@ -209,7 +256,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs(attention.configs_of(bridge)).watch(hf_model)
+    PassInputs().watch(hf_model)
     return bridge
 
 
@@ -239,16 +286,22 @@ def past_length(inputs: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of a decoder that would compute its last layers at few positions.
+
+    Those are the ones whose logits are wanted; the model's head is shown no more than them anyhow.
+    """
+    return args, {name: value for name, value in kwargs.items() if name != KEEP}
+
+
 class PassInputs:
     """The inputs of the forward pass that is running, its token ids and its padding mask."""
 
-    def __init__(self, configs: Sequence[Any] = ()) -> None:
+    def __init__(self) -> None:
         self.all: dict[str, Any] = {}
         self.ids: Tensor | None = None
         self.real: Tensor | None = None
         self.handles: list[Any] = []
-        # Whose attention functions are to stay hooked, whatever is set.
-        self.configs = list(configs)
 
     def watch(self, model: Any) -> None:
         """See each forward pass of a model from now on."""
@@ -257,6 +310,9 @@ class PassInputs:
             hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
             hf_model.register_forward_hook(self.forget, always_call=True),
         ]
+        decoder = decoder_of(hf_model)
+        if KEEP in inspect.signature(decoder.forward).parameters:
+            self.handles.append(decoder.register_forward_pre_hook(_keep_all, with_kwargs=True))
 
     def stop(self) -> None:
         """See no more passes."""
@@ -265,10 +321,6 @@ class PassInputs:
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the Hugging Face model."""
-        if self.configs:
-            from miner_lens.models import attention
-
-            attention.keep(self.configs)
         self.ids = kwargs.get("input_ids", args[0] if args else None)
         self.all = kwargs | {"input_ids": self.ids}
         self.real = None

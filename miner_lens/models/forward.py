@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from miner_lens.models import attention
-from miner_lens.models.generation import Inputs
 from miner_lens.models.inside import hf_model_of, uncompiled
 
 
@@ -89,32 +87,28 @@ def differentiable(hf_model: Any, towers: Sequence[Any] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def last_logits(hf_model: Any, count: int | None = 1) -> Iterator[Inputs]:
+def last_logits(hf_model: Any, count: int | None = 1) -> Iterator[None]:
     """No projection onto the vocabulary but of the last positions.
+
+    The head is shown no more than these. The model is not told, as some families then compute
+    their last layers at these positions alone.
 
     Args:
         hf_model: The model.
         count: Of how many; None: of all, so that nothing changes.
-
-    Yields:
-        What to tell the model; one that cannot be told so has its head see no more.
     """
-    if count is None:
-        yield {}
-        return
-    if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
-        yield {"logits_to_keep": count}
-        return
     head = hf_model.get_output_embeddings()
-    if head is None:
-        yield {}
+    if count is None or head is None:
+        yield
         return
+    last = slice(-count, None)
 
-    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if is_aside() else (args[0][:, -count:], *args[1:])
+    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        cannot = is_aside() or not args or args[0].ndim < 3
+        return None if cannot else (args[0][:, last], *args[1:])
 
     handle = head.register_forward_pre_hook(cut)
     try:
-        yield {}
+        yield
     finally:
         handle.remove()

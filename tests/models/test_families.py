@@ -1,4 +1,4 @@
-"""Seventeen families of models, each read off itself and held against plain Hugging Face."""
+"""Eighteen families of models, each read off itself and held against plain Hugging Face."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ REBUILT = {
     "qwen2_5_vl",
     "qwen3_vl",
     "gemma3",
+    "gemma4",
     "mistral3",
     "llama",
 }
