@@ -134,7 +134,7 @@ def _edges(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
     length = x.shape[-1]
     at = torch.arange(length, device=x.device)
     last = (batch.real.to(x.device) * at).amax(1, keepdim=True)
-    answers = torch.tensor([len(answer) for answer in batch.answers] or [0], device=x.device)
+    answers = torch.tensor(list(batch.tails) or [0], device=x.device)
     tail = length - int(last.min())
     queries = ((at >= last) & (at <= last + answers[:, None]))[:, -tail:].float()
     itself = at[-tail:, None] == at

@@ -304,7 +304,7 @@ def visible(call: Call, batch: Batch, layer: int, query: Tensor, key: Tensor) ->
         if keys > queries and not call.causal:
             raise RuntimeError(problem)
         # An answer behind the prompt is no padding, but none of the prompt's queries sees it.
-        if call.causal and (batch.padding is None or any(batch.answers)):
+        if call.causal and (batch.padding is None or any(batch.tails)):
             return {"causal": True}
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
         return {"causal": call.causal, "attention_mask": everything}

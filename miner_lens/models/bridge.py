@@ -6,18 +6,28 @@ import copy
 import inspect
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
 from miner_lens.models import experts
+from miner_lens.models.forward_pass import Call, ForwardPass
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
-from miner_lens.models.structure import ACTIVATION_NAMES, decoder_of, mlp_names, part, plain, walk
+from miner_lens.models.structure import (
+    ACTIVATION_NAMES,
+    decoder_of,
+    mlp_names,
+    part,
+    plain,
+    walk,
+    way_to_decoder,
+)
 from miner_lens.models.unchanged import CHANGED, NOT_COMPARED, difference, short_logits
 
 if TYPE_CHECKING:
@@ -256,7 +266,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs().watch(hf_model)
+    PassInputs(of_bridge=True).watch(hf_model)
     return bridge
 
 
@@ -276,14 +286,7 @@ def pass_inputs(bridge: Any) -> PassInputs:
 def _watching(hf_model: Any) -> list[PassInputs]:
     # Found by its hooks, which a deep copy of the model has copies of.
     owners = (getattr(hook, "__self__", None) for hook in hf_model._forward_pre_hooks.values())
-    return [owner for owner in owners if type(owner) is PassInputs]
-
-
-def past_length(inputs: Mapping[str, Any]) -> int:
-    """How many tokens of the sequence went before this pass, by its cache."""
-    # The second is its name before transformers 5.24.
-    cache = inputs.get("cache", inputs.get("past_key_values"))
-    return 0 if cache is None else int(cache.get_seq_length())
+    return [owner for owner in owners if isinstance(owner, PassInputs) and owner.of_bridge]
 
 
 def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -295,24 +298,62 @@ def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class PassInputs:
-    """The inputs of the forward pass that is running, its token ids and its padding mask."""
+    """The inputs of the forward pass that is running, its token ids and its padding mask.
 
-    def __init__(self) -> None:
-        self.all: dict[str, Any] = {}
-        self.ids: Tensor | None = None
-        self.real: Tensor | None = None
+    A pass begins where the model is called, or a module in it that has its decoder in it.
+
+    Args:
+        of_bridge: It sees all passes of a bridge, and not those in a context alone.
+    """
+
+    def __init__(self, of_bridge: bool = False) -> None:
+        self.of_bridge = of_bridge
         self.handles: list[Any] = []
+        # By thread, with the modules that are being called.
+        self._running: dict[int, tuple[ForwardPass, list[Any]]] = {}
 
-    def watch(self, model: Any) -> None:
-        """See each forward pass of a model from now on."""
-        hf_model = hf_model_of(model)
-        self.handles += [
-            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
-            hf_model.register_forward_hook(self.forget, always_call=True),
-        ]
-        decoder = decoder_of(hf_model)
+    def __getstate__(self) -> dict[str, Any]:
+        # No pass of a copy is running.
+        return vars(self) | {"_running": {}}
+
+    @property
+    def running(self) -> ForwardPass | None:
+        """The pass, or None where none is running."""
+        return self._running.get(get_ident(), (None,))[0]
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The token ids; None where there are none."""
+        return None if self.running is None else self.running.ids
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which tokens are no padding; None where all are real. See `ForwardPass.real`."""
+        return None if self.running is None else self.running.real
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """What the outermost call was given, by name."""
+        running = self.running
+        return {} if running is None else running.calls[0].arguments | {"input_ids": running.ids}
+
+    def watch(self, model: Any, way: Sequence[nn.Module] = ()) -> None:
+        """See each forward pass of a model from now on.
+
+        Args:
+            model: The model.
+            way: Its `way_to_decoder`, where that has been looked up.
+        """
+        for module in way or way_to_decoder(hf_model_of(model)):
+            self.watch_calls(module)
+            self.handles.append(module.register_forward_hook(self.forget, always_call=True))
+        decoder = decoder_of(hf_model_of(model))
         if KEEP in inspect.signature(decoder.forward).parameters:
             self.handles.append(decoder.register_forward_pre_hook(_keep_all, with_kwargs=True))
+
+    def watch_calls(self, module: nn.Module) -> None:
+        """See each call of a module from now on, and take it for running until the next one."""
+        self.handles.append(module.register_forward_pre_hook(self.see, with_kwargs=True))
 
     def stop(self) -> None:
         """See no more passes."""
@@ -320,29 +361,35 @@ class PassInputs:
             self.handles.pop().remove()
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the Hugging Face model."""
-        self.ids = kwargs.get("input_ids", args[0] if args else None)
-        self.all = kwargs | {"input_ids": self.ids}
-        self.real = None
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Mapping):  # as with a static cache, by kind of attention
-            mask = mask.get("full_attention")
-        if self.ids is None or not isinstance(mask, Tensor):
-            return
-        length = self.ids.shape[1]
-        if mask.ndim == 2:
-            # While decoding with a cache the mask spans the past as well.
-            self.real = mask[:, -length:].to(torch.bool)
-        elif mask.ndim == 4 and not past_length(kwargs):
-            # What the last token attends to: all that are real, where the batch is padded on the
-            # left. It is True there, or 0 and not -inf.
-            last = mask[:, 0, -1, :length]
-            self.real = last if last.dtype == torch.bool else last == 0
+        """A forward pre-hook of a module that has the decoder in it, or of the decoder."""
+        state = self._running.get(get_ident())
+        # One that is called already was interrupted, and so is the pass.
+        if state is None or any(called is module for called in state[1]):
+            self._running[get_ident()] = state = (ForwardPass(), [])
+        running, called = state
+        running.calls.append(Call.of(module, args, kwargs))
+        called.append(module)
 
-    def forget(self, *_: Any) -> None:
-        """A forward hook of the Hugging Face model: what was seen is of no later pass."""
-        self.ids = self.real = None
-        self.all = {}
+    def forget(self, module: Any, *_: Any) -> None:
+        """A forward hook of such a module: what was seen is of no later pass."""
+        called = self._running.get(get_ident(), (None, []))[1]
+        while any(one is module for one in called):
+            called.pop()
+        if not called:
+            self._running.pop(get_ident(), None)
+
+    @contextmanager
+    def again(self, running: ForwardPass | None) -> Iterator[None]:
+        """A pass that is over is running once more, as a part of it is computed again."""
+        former = self._running.pop(get_ident(), None)
+        if running is not None:
+            self._running[get_ident()] = (running, [])
+        try:
+            yield
+        finally:
+            self._running.pop(get_ident(), None)
+            if former is not None:
+                self._running[get_ident()] = former
 
 
 def _attach_activation(mlp: Any) -> bool:
@@ -375,10 +422,11 @@ def _attach_experts(mlp: Any) -> bool:
     """Have X of a layer's experts pass through a hooked `act` component."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    if "act" in mlp._modules or experts.experts_of(mlp) is None:
+    known = experts.experts_of(mlp)
+    if "act" in mlp._modules or known is None:
         return False
     component = GeneralizedComponent(name="experts")
-    component.set_original_component(experts.ExpertNeurons())
+    component.set_original_component(experts.neurons_of(known))
     mlp.add_module("act", component)
     return experts.install(mlp, component)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from miner_lens.data.metrics import require_answers
-from miner_lens.data.sample import Sample
+from miner_lens.data.sample import Sample, SampleError
 from miner_lens.models.collate import Inputs
-from miner_lens.models.generation import render
+from miner_lens.models.generation import answer_opening, render
 from miner_lens.models.inside import hf_model_of, processor_of
+from miner_lens.models.rendering import media_of
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,13 @@ class Forced:
     Attributes:
         inputs: Model inputs of the prompt and the answer.
         answer: The tokens of the answer, which are the last ones, without the end of the turn.
+        opening: The number of tokens before them that are not of the conversation but open a
+            further turn of the assistant; 0 where the conversation awaits an answer.
     """
 
     inputs: Inputs
     answer: tuple[int, ...]
+    opening: int = 0
 
     @property
     def length(self) -> int:
@@ -36,7 +41,7 @@ class Forced:
 
     @property
     def prompt(self) -> Inputs:
-        """Model inputs of the prompt alone."""
+        """Model inputs of all before the answer."""
         shape = self.inputs["input_ids"].shape
         return {
             name: value[:, : -len(self.answer)]
@@ -47,18 +52,28 @@ class Forced:
 
 
 def force(model: Any, sample: Sample) -> Forced:
-    """A sample's prompt, as `render` makes it, and the first of its answers after it.
+    """A sample's prompt, the same as without an answer, and the first of its answers after it.
 
     Raises:
         ValueError: The model has no processor, or the sample has no answer, or an empty one.
-        SampleError: A medium cannot be read, or the processor refuses the conversation.
+        SampleError: A medium cannot be read, the processor refuses the conversation, or the answer
+            has tokens that stand for a medium.
     """
     require_answers(sample)
-    prompt = render(model, [sample.messages])
-    answer = tokenizer_of(model)(sample.answers[0], add_special_tokens=False)["input_ids"]
+    tokenize = partial(tokenizer_of(model), add_special_tokens=False)
+    answer = tokenize(sample.answers[0])["input_ids"]
     if not answer:
         raise ValueError(f"{sample.id or 'A sample'} has an empty answer, which nobody can score.")
-    return Forced(answered(hf_model_of(model), prompt, torch.tensor([answer])), tuple(answer))
+    if spelled := set(answer) & set((media_of(model) or {}).values()):
+        raise SampleError(
+            f"The answer {sample.answers[0]!r:.60} has {len(spelled)} tokens that stand for a "
+            "medium, and there is no medium in an answer. Take them out of the text."
+        )
+    prompt = render(model, [sample.messages])
+    opening = answer_opening(model, sample.messages)
+    opened = tokenize(opening)["input_ids"] if opening else []
+    inputs = answered(hf_model_of(model), prompt, torch.tensor([[*opened, *answer]]))
+    return Forced(inputs, tuple(answer), len(opened))
 
 
 def answered(hf_model: Any, prompt: Inputs, answer: Int[Tensor, "batch pos"]) -> Inputs:

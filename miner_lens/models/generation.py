@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from miner_lens.data.media import load_media
@@ -16,6 +16,16 @@ from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 from miner_lens.models.mistral import is_mistral, with_sound_files
+from miner_lens.models.rendering import (
+    REFUSALS,
+    fit_template,
+    media_of,
+    opening,
+    placeholders,
+    require_media,
+    require_parts,
+    require_texts,
+)
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
 _HARMLESS = {
@@ -54,36 +64,70 @@ def prepare_inputs(
 
 
 def render(
-    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool | None = None,
 ) -> Inputs:
-    """What `prepare_inputs` returns, still on the CPU."""
+    """Return what `prepare_inputs` does, still on the CPU.
+
+    By default prompts end with the opening of the assistant's turn where all conversations await an
+    answer, and as the conversations do where all end with a turn of the assistant. This is what is
+    mined, with an answer behind it and without.
+    """
+    if add_generation_prompt is None:
+        (add_generation_prompt,) = {awaits_answer(messages) for messages in conversations}
     processor = processor_of(model)
     if processor is None:
         raise ValueError(
             "This model has no processor, so it cannot read messages. Set model.processor "
             "(ml.load does), or pass prepared model inputs."
         )
+    media = media_of(model)
     with _rendering:
         opened = [load_media(messages, processor) for messages in conversations]
+        spelled = placeholders(processor, media or {})
+        for messages, read in zip(conversations, opened, strict=True):
+            require_parts(messages, read, spelled)
         try:
-            if not hasattr(processor, "tokenizer"):
-                return _as_text(processor, opened, add_generation_prompt)
-            if is_mistral(processor.tokenizer):
-                opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
-            batch = processor.apply_chat_template(
-                opened,
-                tokenize=True,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
-            )
-        except (ValueError, KeyError, IndexError, TypeError, TemplateError) as error:
-            # Such as a text that spells out more placeholders than there are media, or what a chat
-            # template refuses.
+            batch = _encode(processor, opened, add_generation_prompt)
+        except SampleError:
+            raise
+        except REFUSALS as error:
             raise SampleError(f"The processor cannot read this conversation: {error}") from error
     # PaliGemma's processor adds labels, for training.
-    return {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    require_media(opened, inputs, media)
+    return inputs
+
+
+def _encode(processor: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Any:
+    """Model inputs of conversations, of whose texts and media a chat template leaves none out."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    mistral = is_mistral(tokenizer)
+    if mistral:  # without a chat template to ask
+        opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
+    else:
+        template = partial(
+            processor.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        source = str(processor.chat_template)
+        opened = [fit_template(template, messages, source) for messages in opened]
+    if tokenizer is processor:
+        return _as_text(processor, opened, add_generation_prompt)
+    batch = processor.apply_chat_template(
+        opened,
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
+    )
+    if mistral:
+        for messages, ids in zip(opened, batch["input_ids"], strict=True):
+            require_texts(messages, tokenizer.decode(ids))
+    return batch
 
 
 def _videos(opened: Sequence[Sequence[Message]]) -> dict[str, Any]:
@@ -113,9 +157,29 @@ def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool)
 
 
 def awaits_answer(messages: Sequence[Message]) -> bool:
-    """Whether it is the assistant's turn, so that the prompt ends with its opening."""
+    """Return True if it is the assistant's turn, so that the prompt ends with its opening."""
     last = messages[-1] if messages else None
     return not (isinstance(last, Mapping) and last.get("role") == "assistant")
+
+
+def answer_opening(model: Any, messages: Sequence[Message]) -> str:
+    """Return the text between a conversation, rendered as it awaits an answer, and the answer.
+
+    A conversation that ends with a turn of the assistant is read as it is, and an answer to it is a
+    further turn.
+
+    Raises:
+        SampleError: The model's chat template opens no further turn.
+    """
+    processor = processor_of(model)
+    if awaits_answer(messages):
+        return ""
+    if is_mistral(getattr(processor, "tokenizer", processor)):
+        raise SampleError(
+            "The conversation ends with a turn of the assistant, and Mistral's tokenizers open no "
+            "further one for an answer. Leave the last turn out of the messages."
+        )
+    return opening(partial(processor.apply_chat_template, tokenize=False), messages)
 
 
 def input_device(model: Any) -> torch.device:

@@ -135,6 +135,17 @@ def decoder_of(hf_model: Any) -> Any:
     return decoder
 
 
+def way_to_decoder(hf_model: Any) -> list[nn.Module]:
+    """The modules that call each other down to the decoder: the model first, the decoder last."""
+    decoder = decoder_of(hf_model)
+    names = (name for name, module in hf_model.named_modules() if module is decoder)
+    way = [hf_model]
+    for name in next(names, "").split("."):
+        if name:
+            way.append(way[-1]._modules[name])
+    return [module for module in way if not isinstance(module, nn.ModuleList)]
+
+
 def joined(path: str, *names: str) -> str:
     """A longer name."""
     return ".".join(name for name in (path, *names) if name)

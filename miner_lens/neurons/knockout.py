@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers.utils.generic import is_flash_attention_requested
 
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import past_length
+from miner_lens.models.forward_pass import past_length
 from miner_lens.models.inside import hf_model_of, uncompiled
 from miner_lens.models.modality import ModalityLayout
 from miner_lens.models.structure import attention_name, decoder_of, plain

@@ -31,6 +31,7 @@ class Batch:
         index: The place of each sample in the data; row r of a prepared pair counts r * 2**40 more.
         answers: The tokens of each sample's answer, where they follow the prompt. They are part of
             no modality: what is generated is not scored.
+        tails: How many tokens follow each prompt: the answer, and what opens a turn for it.
     """
 
     inputs: Inputs
@@ -39,12 +40,13 @@ class Batch:
     samples: tuple[Any, ...] = ()
     index: tuple[int, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
+    tails: tuple[int, ...] = ()
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch pos"]:
         """The tokens that are neither padding nor the answer's."""
-        return prompt_of(self.inputs, self.answers)
+        return prompt_of(self.inputs, self.tails)
 
     @cached_property
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
@@ -102,12 +104,12 @@ class Batch:
         return self.once("towers", dict)
 
 
-def prompt_of(inputs: Inputs, answers: Sequence[tuple[int, ...]] = ()) -> Bool[Tensor, "batch pos"]:
-    """The real tokens of prompts, which are padded on the left and may have answers after them."""
+def prompt_of(inputs: Inputs, tails: Sequence[int] = ()) -> Bool[Tensor, "batch pos"]:
+    """The real tokens of prompts, which are padded on the left and may have so many tokens after."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = (torch.ones_like(ids) if mask is None else mask).to(torch.bool, copy=True)
-    for row, answer in zip(real, answers, strict=False):
-        row[len(row) - len(answer) :] = False
+    for row, tail in zip(real, tails, strict=False):
+        row[len(row) - tail :] = False
     return real
 
 

@@ -16,7 +16,7 @@ from miner_lens.models.access import layout
 from miner_lens.models.collate import collate, fit, kinds
 from miner_lens.models.forcing import force, logprob, tokenizer_of
 from miner_lens.models.forward import differentiable, last_logits
-from miner_lens.models.generation import Inputs, awaits_answer, input_device, render, to_device
+from miner_lens.models.generation import Inputs, input_device, render, to_device
 from miner_lens.models.inside import hf_model_of
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, prompt_of
@@ -41,6 +41,7 @@ class Item:
     value: Any  # a sample or a prepared pair
     inputs: Inputs | None = None  # a sample's, on the CPU
     answer: tuple[int, ...] = ()  # its tokens, where they are among the inputs, at the end
+    opening: int = 0  # how many tokens open the answer, after a conversation that awaits none
     error: SampleError | None = None  # why it has none
 
     @classmethod
@@ -61,9 +62,10 @@ class Item:
         try:
             if answered:
                 forced = force(model, value)
-                return replace(bare, inputs=forced.inputs, answer=forced.answer)
-            awaits = awaits_answer(value.messages)
-            return replace(bare, inputs=render(model, [value.messages], awaits))
+                return replace(
+                    bare, inputs=forced.inputs, answer=forced.answer, opening=forced.opening
+                )
+            return replace(bare, inputs=render(model, [value.messages]))
         except SampleError as error:
             return replace(bare, error=SampleError(f"{bare.name}: {error}"))
 
@@ -138,10 +140,12 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     apart = [item.inputs for item in items if item.inputs is not None]
     inputs = to_device(collate(apart, tokenizer_of(model).pad_token_id or 0), device)
     answers = tuple(item.answer for item in items)
-    real = prompt_of(inputs, answers) if any(answers) else inputs.get("attention_mask")
+    tails = tuple(item.opening + len(item.answer) for item in items)
+    real = prompt_of(inputs, tails) if any(tails) else inputs.get("attention_mask")
     masks = layout(model).masks(inputs["input_ids"], real)
     values, numbers = tuple(item.value for item in items), tuple(item.number for item in items)
-    return Batch(inputs, masks, tuple(item.name for item in items), values, numbers, answers)
+    names = tuple(item.name for item in items)
+    return Batch(inputs, masks, names, values, numbers, answers, tails)
 
 
 @dataclass(frozen=True)
