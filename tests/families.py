@@ -1,7 +1,8 @@
 """Tiny random models of many families, with prepared inputs.
 
-Every model has two decoder layers of 48 neurons and towers of two or three layers. The inputs are
-two or three prompts of unequal length, padded on the left, with media in different samples.
+Every model has two decoder layers of 48 neurons (Gemma 4 has four) and towers of two or three
+layers. The inputs are two or three prompts of unequal length, padded on the left, with media in
+different samples.
 """
 
 from __future__ import annotations
@@ -214,6 +215,41 @@ def gemma3() -> Made:
     )
     inputs = pictures(4)
     return model, inputs | {"token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+
+
+def gemma4() -> Made:
+    """Its last two layers take keys and values of earlier ones, and its tower's layers clip."""
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8}
+    shared |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64}
+    embedded = {"vocab_size_per_layer_input": 100, "hidden_size_per_layer_input": 8}
+    model = build(
+        "Gemma4ForConditionalGeneration",
+        text_config=TEXT | shared | embedded | {"global_head_dim": 8},
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "patch_size": 2,
+            "position_embedding_size": 64,
+            "use_clipped_linears": True,
+            "initializer_range": 0.2,
+        },
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=None,
+        audio_token_id=None,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    places = torch.stack([columns, rows], -1).reshape(1, 16, 2).repeat(3, 1, 1)
+    inputs = pictures(4, 3, 16, 12)  # patches of 2 x 2 pixels, four of which are a token
+    kinds = (inputs["input_ids"] == IMAGE).long()
+    return model, inputs | {"image_position_ids": places, "mm_token_type_ids": kinds}
 
 
 def paligemma() -> Made:

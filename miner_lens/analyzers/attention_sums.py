@@ -17,10 +17,12 @@ from miner_lens.running.hooks import OUTSIDE, Hook, Running
 from miner_lens.scoring import kernels
 
 NO_ROTATED = (
-    "This model's attention fires no hook_rot_q and hook_rot_k, so its queries and keys after RoPE "
-    "cannot be read. Its TransformerLens adapter needs maintain_native_attention=True, and its "
-    "attention implementation must be sdpa or eager. Without attention metrics nothing of it is "
-    'read: metrics=("prob", "mean", "max").'
+    "This model's queries and keys after RoPE cannot be read: {why}. Without attention metrics "
+    'nothing of them is read: metrics=("prob", "mean", "max").'
+)
+SILENT = NO_ROTATED.format(
+    why="its attention fires no hook_rot_q and hook_rot_k, for which its TransformerLens adapter "
+    "needs maintain_native_attention=True and the model transformers' attention interface"
 )
 
 
@@ -45,11 +47,10 @@ class AttentionSums:
         layers = range(len(site.mlps(hf_model)))
         if isinstance(site, sites.Tower):
             # A projector attends to nothing, and scores 0 there.
-            silent = self.site != "projector" and not any(map(site.attention_points, layers))
-        else:
-            silent = bool(unreadable(model))
-        if silent:
-            raise RuntimeError(NO_ROTATED)
+            if self.site != "projector" and not any(map(site.attention_points, layers)):
+                raise RuntimeError(SILENT)
+        elif why := unreadable(model):
+            raise RuntimeError(NO_ROTATED.format(why=why))
         hooks: list[Hook] = []
         for layer in layers:
             if isinstance(site, sites.Tower):
@@ -75,7 +76,7 @@ class AttentionSums:
         """
         sums: Tensor | None = self.kept(batch).get(layer)
         if sums is None:
-            raise RuntimeError(NO_ROTATED)
+            raise RuntimeError(SILENT)
         return sums
 
     def of_call(self, batch: TowerBatch, layer: int) -> list[Tensor] | None:
@@ -90,7 +91,7 @@ class AttentionSums:
         if (layer, batch.call) not in kept:
             seen = kept.pop(("seen", layer), None)
             if seen is None and batch.whole.towers[self.site].tower.attention_points(layer):
-                raise RuntimeError(NO_ROTATED)
+                raise RuntimeError(SILENT)
             kept[layer, batch.call] = None if seen is None else self._sums(batch, layer, *seen)
         sums: list[Tensor] | None = kept[layer, batch.call]
         return sums
@@ -153,7 +154,7 @@ class AttentionSums:
         kept = self.kept(batch)
         query = kept.pop("query", None)
         if query is None:
-            raise RuntimeError(NO_ROTATED)
+            raise RuntimeError(SILENT)
         padding = batch.padding
         sums = self.weights(
             query,

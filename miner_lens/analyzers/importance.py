@@ -15,6 +15,7 @@ from torch import Tensor
 from miner_lens.analyzers.attention_sums import AttentionSums, ReceivedAttention
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.points import Point, activation_points
+from miner_lens.models.structure import plain
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
 from miner_lens.running.passes import BatchSize, OnError
@@ -253,7 +254,7 @@ def _require_plain_attention(model: Any, attended: bool) -> None:
             f"tokens of a prompt attend to later ones (token_type_ids). {other_way}."
         )
     for layer, block in enumerate(model.blocks):
-        attention = getattr(block.attn, "original_component", None) or block.attn
+        attention = plain(block._modules.get("attn"))  # None is refused where it would be read
         # Some families keep the window on each layer, where it may be off, others in the config.
         held_by = (
             attention

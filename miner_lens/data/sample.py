@@ -18,9 +18,9 @@ class Sample:
     Attributes:
         messages: Messages as a Hugging Face processor's `apply_chat_template` takes
             them: `{"role": ..., "content": [{"type": "image", "image": ...}, ...]}`.
-            An image is a PIL image, a path or the bytes of an image file; a video is a
-            path or a sequence of frames; a sound is a path, bytes, or an array together
-            with its `sampling_rate`.
+            A medium is a path, a file's bytes, a data URI or base64; an image also a PIL
+            image, an array or a tensor; a video also a sequence of frames; a sound also
+            an array together with its `sampling_rate`.
         answers: The answers that count as right, a tuple; empty where there is none. A single
             string is one answer.
         id: What error messages and tables call this sample.

@@ -193,6 +193,26 @@ class Asking:
         logprobs = (each.logprob for each in read)
         return zip(map(self._judge, asked, answers), logprobs, answers, strict=True)
 
+    def _under(
+        self, group: Sequence[PreparedCondition], rows: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """A context in which so many rows of a batch are under each of some conditions."""
+        if len(group) == 1:
+            return opened(self._model, group[0].ablations)
+        parts = [(one.ablations, count) for one, count in zip(group, rows, strict=True)]
+        return opened_in_rows(self._model, parts)
+
+    def _read(self, batch: Sequence[Asked], inputs: Inputs) -> list[Read]:
+        """What the model says of each answer, in one pass."""
+        hf_model = hf_model_of(self._model)
+        lengths = [1 + len(one.forced.answer) for one in batch]
+        with last_logits(hf_model, max(lengths)):
+            logits = hf_model(**inputs, use_cache=False).logits
+        return [
+            Read.of(row[-length:], one.forced.answer, self._ends)
+            for one, row, length in zip(batch, logits, lengths, strict=True)
+        ]
+
     def _said(
         self,
         asked: Sequence[Asked],

@@ -240,9 +240,9 @@ def _try(model: Any, batch: Sequence[Forced], cut: Cut | None) -> tuple[list[boo
     hf_model = hf_model_of(model)
     together = collate([one.inputs for one in batch], tokenizer_of(model).pad_token_id or 0)
     count = 1 + len(batch[0].answer)
-    with last_logits(hf_model, count) as options:
+    with last_logits(hf_model, count):
         given = to_device(together, input_device(model))
-        logits = hf_model(**given, use_cache=False, **options).logits[:, -count:-1]
+        logits = hf_model(**given, use_cache=False).logits[:, -count:-1]
     pairs = list(zip(logits, batch, strict=True))
     right = [row.argmax(-1).tolist() == list(one.answer) for row, one in pairs]
     return right, [float(logprob(row, one.answer)) for row, one in pairs]

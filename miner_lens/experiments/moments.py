@@ -15,6 +15,7 @@ from torch import Tensor
 from miner_lens.analyzers.top_activations import TokenActivations, TokenActivationsAnalyzer
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Sample
+from miner_lens.data.sounds import sound_rate
 from miner_lens.models.forcing import tokenizer_of
 from miner_lens.models.inside import processor_of
 from miner_lens.running.run import run
@@ -138,8 +139,7 @@ def _media(model: Any, sample: Sample, found: TokenActivations) -> Iterator[Medi
             elif kind == "video":
                 yield Medium(kind, own, grid)
             else:
-                rate = processor.feature_extractor.sampling_rate
-                seconds = len(medium) / rate
+                seconds = len(medium) / sound_rate(processor)
                 yield Medium(kind, own, outline=_outline(medium), seconds=seconds)
 
 

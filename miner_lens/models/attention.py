@@ -2,33 +2,28 @@
 
 TransformerLens gives every rotary attention of a decoder `hook_rot_q` and `hook_rot_k`, and
 `miner_lens.models.opening` those of towers, but where the Hugging Face attention is kept
-(multimodal RoPE needs that) nothing fires them. Hugging Face lets a
-named function compute attention from queries and keys after RoPE; the ones registered here fire
-those hook points and then do what the built-in function of that name does, bit for bit.
-
-A name must also be registered for mask creation: without it transformers builds no mask at all
-and the decoder silently attends to the future.
+(multimodal RoPE needs that) nothing fires them. Hugging Face has attention computed from queries
+and keys after RoPE by the function that `AttentionInterface.get_interface` returns. What it returns
+is called through `_attend` here, which fires those hook points for modules that are in a bridge and
+does nothing for others. The name of the function stays: some families ask for it, and mask by it.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
 
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.sites import HOOKS, Tower, sites
-
-HOOKED = {"eager": "hooked_eager", "sdpa": "hooked_sdpa"}
+from miner_lens.models.structure import children
 
 REBUILT = (
     "TransformerLens rebuilds this model's attention, with a [head, query, key] tensor in every "
@@ -47,6 +42,8 @@ Output = tuple[Tensor, Tensor | None]
 BRIDGE = "_miner_lens_bridge"
 # And what it has multiplied QK^T by; some have it in the queries already, and multiply by 1.
 SCALE = "_miner_lens_scale"
+# What tells that transformers' interface is hooked.
+HOOKED = "_miner_lens_hooked"
 
 
 def attentions_of(bridge: Any) -> list[Any]:
@@ -66,21 +63,27 @@ def rebuilt(attentions: list[Any]) -> list[Any]:
     return [bridge for bridge in attentions if not _is_native(bridge)]
 
 
-def unreadable(bridge: Any) -> list[Any]:
-    """Attentions of the decoder of which no hook point has queries and keys as they are multiplied.
+def unreadable(bridge: Any) -> str | None:
+    """Why no hook point has a decoder's queries and keys as they are multiplied; None where it has.
 
     They are computed by neither Hugging Face's interface nor TransformerLens, or normed after RoPE,
-    or choose which keys they look at (DeepSeek's sparse attention).
+    or choose which keys they look at (DeepSeek's sparse attention), or a layer has none, as with
+    linear attention.
     """
     from transformer_lens.model_bridge.generalized_components import GlmMoeDsaAttentionBridge
 
-    return [
-        one
-        for one in attentions_of(bridge)
-        if (_is_native(one) and _config(one) is None)
-        or (not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False))
-        or isinstance(one, GlmMoeDsaAttentionBridge)
-    ]
+    for layer, block in enumerate(bridge.blocks):
+        one = block._modules.get("attn")
+        if one is None:
+            parts = ", ".join(children(block))
+            return f"layer {layer} has no attention by queries and keys, but {parts}"
+        if _is_native(one) and _config(one) is None:
+            return f"layer {layer} computes attention outside transformers' interface"
+        if not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False):
+            return f"layer {layer} norms them after RoPE"
+        if isinstance(one, GlmMoeDsaAttentionBridge):
+            return f"layer {layer} chooses which keys are looked at"
+    return None
 
 
 def rotated_points(bridge: Any, layer: int) -> tuple[str, str]:
@@ -107,39 +110,25 @@ def scale_of(attention: Any) -> float | None:
 def install(bridge: Any) -> None:
     """Make native attention fire `hook_rot_q` and `hook_rot_k`, in the decoder and in towers.
 
-    Idempotent. The computation stays what the config names (eager or sdpa), bit for bit; with
-    sdpa, a layer whose `hook_pattern` is being read computes its pattern explicitly. Attention
-    that TransformerLens rebuilds fires the hooks already, but for that with one projection for
-    queries, keys and values, of which the rotation is made to.
+    Idempotent. The computation stays what the config names, bit for bit; with sdpa, a layer whose
+    `hook_pattern` is being read computes its pattern explicitly. Attention that TransformerLens
+    rebuilds fires the hooks already, but for that with one projection for queries, keys and
+    values, of which the rotation is made to.
     """
+    if not hasattr(AttentionInterface.get_interface, HOOKED):
+        AttentionInterface.get_interface = _through(  # type: ignore[method-assign]
+            AttentionInterface.get_interface
+        )
     for one in _native(bridge):
         vars(one.original_component)[BRIDGE] = one
     for one in rebuilt(attentions_of(bridge)):
         if hasattr(one, ROTATE) and hasattr(one, HOOKS[0]):
             # A partial, because a deep copy of it belongs to the copy.
             vars(one)[ROTATE] = partial(_rotate, one)
-    keep(configs_of(bridge))
-
-
-def configs_of(bridge: Any) -> list[Any]:
-    """The configs that name the function of native attention, each once."""
-    found = (one.original_component.config for one in _native(bridge))
-    return list({id(config): config for config in found}.values())
-
-
-def keep(configs: list[Any]) -> None:
-    """Have attention fire hooks also after somebody has set another function by name."""
-    for config in configs:
-        if config._attn_implementation in HOOKED:
-            config._attn_implementation = HOOKED[config._attn_implementation]
 
 
 def uninstall(bridge: Any) -> None:
-    """Have Hugging Face compute attention by its own functions again, undoing `install`."""
-    own = {hooked: name for name, hooked in HOOKED.items()}
-    for config in configs_of(bridge):
-        name = config._attn_implementation
-        config._attn_implementation = own.get(name, name)
+    """Take what `install` left on a model's modules off them."""
     for one in _native(bridge):
         for name in (BRIDGE, SCALE):
             vars(one.original_component).pop(name, None)
@@ -147,23 +136,47 @@ def uninstall(bridge: Any) -> None:
 
 @contextmanager
 def fused(bridge: Any) -> Iterator[None]:
-    """Compute native attention fused and hooked, whatever the model's own setting is.
+    """Compute native attention fused where the model can, whatever its own setting is.
 
-    Eager attention would take memory for its pattern, and other functions (flash attention) fire
-    no hooks. The model's setting comes back afterwards. Attention that TransformerLens rebuilds
+    Eager attention would take memory for its pattern, and other functions (flash attention) have
+    other masks. A part that has no fused attention, such as one with soft caps, computes its own
+    eager one. The model's setting comes back afterwards. Attention that TransformerLens rebuilds
     cannot be fused; its own hooks are used, and a warning says so.
     """
-    configs = configs_of(bridge)
     if rebuilt(attentions_of(bridge)):
         warnings.warn(REBUILT, stacklevel=2)
-    former = [config._attn_implementation for config in configs]
+    configs = _fusible(bridge)
+    former = [config._attn_implementation for config, _ in configs]
     try:
-        for config in configs:
-            config._attn_implementation = HOOKED["sdpa"]
+        for config, name in configs:
+            name_function(config, name)
         yield
     finally:
-        for config, name in zip(configs, former, strict=True):
-            config._attn_implementation = name
+        for (config, _), name in zip(configs, former, strict=True):
+            name_function(config, name)
+
+
+def name_function(config: Any, name: str) -> None:
+    """Have a config name an attention function; its setter would set the configs below it too."""
+    own = "_attn_implementation_internal"
+    setattr(config, own if hasattr(config, own) else "_attn_implementation", name)
+
+
+def _fusible(bridge: Any) -> list[tuple[Any, str]]:
+    """The configs of native attention, each once, with what transformers would have them name."""
+    owners = {
+        module: model  # the innermost, as it comes last
+        for model in hf_model_of(bridge).modules()
+        if isinstance(model, PreTrainedModel)
+        for module in model.modules()
+    }
+    names: dict[int, tuple[Any, str]] = {}
+    for one in _native(bridge):
+        module = one.original_component
+        if module in owners:
+            name = owners[module].get_correct_attn_implementation(None)
+            names.setdefault(id(module.config), (module.config, name))
+    return list(names.values())
 
 
 def _native(bridge: Any) -> list[Any]:
@@ -198,25 +211,6 @@ def _config(bridge: Any) -> Any:
     return getattr(bridge.original_component, "config", None)
 
 
-def _rotated(
-    module: nn.Module, query: Tensor, key: Tensor, scaling: float | None = None
-) -> tuple[Any, Tensor, Tensor]:
-    bridge = vars(module).get(BRIDGE)
-    if bridge is None or not hasattr(bridge, HOOKS[0]):
-        return bridge, query, key
-    if scaling is not None:
-        vars(module)[SCALE] = scaling
-    return bridge, bridge.hook_rot_q(query), bridge.hook_rot_k(key)
-
-
-def _eager(module: nn.Module) -> Callable[..., Output]:
-    """The model family's own eager attention, with its own soft caps or sinks."""
-    function: Callable[..., Output] = vars(sys.modules[type(module).__module__])[
-        "eager_attention_forward"
-    ]
-    return function
-
-
 def _rotate(attention: Any, *given: Any) -> tuple[Tensor, Tensor]:
     """The rotation of attention that TransformerLens rebuilds, with hooks on what it gives."""
     query, key = getattr(type(attention), ROTATE)(attention, *given)
@@ -237,41 +231,60 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
 
 
-def _hooked_eager(
+def _through(get_interface: Callable[..., Any]) -> Callable[..., Any]:
+    """Have what `AttentionInterface.get_interface` returns called through `_attend`."""
+
+    @wraps(get_interface)
+    def hooked(interface: Any, attn_implementation: Any, default: Any) -> Any:
+        function = get_interface(interface, attn_implementation, default)
+        return partial(_attend, function, default)
+
+    setattr(hooked, HOOKED, True)
+    return hooked
+
+
+def _attend(
+    function: Callable[..., Output],
+    eager: Callable[..., Output],
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Output:
+    """Compute attention by a function, with hooks on queries and keys.
+
+    Args:
+        function: What computes attention.
+        eager: The model family's own eager attention, with its own soft caps or sinks.
+        module: The attention module; in no bridge, nothing else is done.
+        args: Queries, keys, values and the mask, as the family gives them.
+        kwargs: More of these, and options.
+    """
+    bridge = vars(module).get(BRIDGE)
+    if bridge is None or not hasattr(bridge, HOOKS[0]):
+        return function(module, *args, **kwargs)
+    return _hooked(bridge, function, eager, module, *args, **kwargs)
+
+
+def _hooked(
+    bridge: Any,
+    function: Callable[..., Output],
+    eager: Callable[..., Output],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
+    attention_mask: Any = None,
+    **options: Any,
 ) -> Output:
-    _, query, key = _rotated(module, query, key, kwargs.get("scaling"))
-    return _eager(module)(module, query, key, value, attention_mask, **kwargs)
-
-
-def _hooked_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> Output:
-    bridge, query, key = _rotated(module, query, key, kwargs.get("scaling"))
-    if _reads_pattern(bridge) or kwargs.get("s_aux") is not None:  # sinks, which sdpa leaves out
-        causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
-        attention_mask = _additive(attention_mask, causal, query, key)
-        return _eager(module)(module, query, key, value, attention_mask, **kwargs)
-    output: Output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return output
+    if options.get("scaling") is not None:
+        vars(module)[SCALE] = options["scaling"]
+    query, key = bridge.hook_rot_q(query), bridge.hook_rot_k(key)
+    if function is sdpa_attention_forward and _reads_pattern(bridge):
+        causal = options.get("is_causal", getattr(module, "is_causal", True))
+        function, attention_mask = eager, _additive(attention_mask, causal, query, key)
+    return function(module, query, key, value, attention_mask, **options)
 
 
 def _reads_pattern(bridge: Any) -> bool:
     points = (getattr(bridge, name, None) for name in ("hook_pattern", "hook_attn_scores"))
     return any(point is not None and point.has_hooks() for point in points)
-
-
-AttentionInterface.register(HOOKED["eager"], _hooked_eager)
-AttentionMaskInterface.register(HOOKED["eager"], eager_mask)
-AttentionInterface.register(HOOKED["sdpa"], _hooked_sdpa)
-AttentionMaskInterface.register(HOOKED["sdpa"], sdpa_mask)

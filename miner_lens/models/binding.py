@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import past_length
+from miner_lens.models.forward_pass import past_length
 from miner_lens.models.generation import Inputs
 from miner_lens.models.hook import ContextHook
 from miner_lens.models.inside import bare, hf_model_of, is_bridge

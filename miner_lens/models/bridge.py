@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +17,20 @@ from torch import Tensor, nn
 
 from miner_lens.models import experts
 from miner_lens.models.collate import brings_media
+from miner_lens.models.forward_pass import Call, ForwardPass, past_length
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for, media_tokens
-from miner_lens.models.structure import ACTIVATION_NAMES, mlp_names, part, walk
+from miner_lens.models.structure import (
+    ACTIVATION_NAMES,
+    decoder_of,
+    mlp_names,
+    part,
+    plain,
+    walk,
+    way_to_decoder,
+)
+from miner_lens.models.unchanged import CHANGED, NOT_COMPARED, difference, short_logits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,6 +41,15 @@ UNKNOWN = (
     "adapter for it, and {why}. To add one, write a TransformerLens ArchitectureAdapter and name "
     "it in the entry-point group 'transformer_lens.architectures'; see "
     "docs/adding-a-model-family.md."
+)
+
+# The argument by which a model is told of how many positions logits are wanted.
+KEEP = "logits_to_keep"
+
+BLANKS = (
+    "These tokens have placeholders of media, but this pass brings no media, so the model reads the "
+    "placeholders themselves. Pass all inputs, model(**ml.inputs(model, messages)), or open "
+    "ml.bind(model, inputs) around tools that pass tokens alone."
 )
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
@@ -41,7 +63,9 @@ _added: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = weakref.We
 
 
 def wrap(
-    hf_model: PreTrainedModel, processor: ProcessorMixin | Any | None = None
+    hf_model: PreTrainedModel,
+    processor: ProcessorMixin | Any | None = None,
+    check: bool = True,
 ) -> TransformerBridge:
     """Turn a loaded Hugging Face model into a `TransformerBridge` with neuron hook points.
 
@@ -52,9 +76,13 @@ def wrap(
         hf_model: The model; its weights stay where and what they are. It may have PEFT adapters.
             Wrappers around it (torch.compile, DistributedDataParallel, PEFT) are looked through.
         processor: Its processor. Without one, feed prepared inputs instead of messages.
+        check: Compare the logits of a short prompt before and after, and refuse a model whose
+            logits differ by more than rounding. A warning says why where they cannot be compared,
+            as with offloaded weights.
 
     Raises:
-        ValueError: The model family is unknown or the model is wrapped already.
+        ValueError: The model family is unknown, the model is wrapped already, or its logits are
+            others in a bridge; then it is as it was.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -67,6 +95,7 @@ def wrap(
             "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
     _require_adapter(hf_model)
+    expected = short_logits(hf_model) if check else None
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
@@ -80,6 +109,7 @@ def wrap(
         tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    _keep_attention(bridge, configs, before)
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
     _added[hf_model] = [
@@ -92,7 +122,26 @@ def wrap(
     bridge.modality_layout = (
         None if tokenizer is None else layout_for(architecture, hf_model.config, tokenizer)
     )
-    return prepare(bridge)
+    prepare(bridge)
+    if expected is not None:
+        _require_unchanged(bridge, expected)
+    return bridge
+
+
+def _require_unchanged(bridge: Any, expected: Tensor | str) -> None:
+    """Refuse a bridge in which a model's logits are others than were expected, and undo it."""
+    hf_model, got = hf_model_of(bridge), expected
+    if isinstance(expected, Tensor):
+        got = short_logits(hf_model)
+    if isinstance(expected, str) or isinstance(got, str):
+        warnings.warn(NOT_COMPARED.format(why=got), stacklevel=3)
+        return
+    apart, rounding = difference(expected, got)
+    if apart > rounding:
+        adapter = type(bridge.adapter).__name__
+        unwrap(bridge)
+        told = {"architecture": type(hf_model).__name__, "adapter": adapter}
+        raise ValueError(CHANGED.format(apart=apart, rounding=rounding, **told))
 
 
 def prepared_bridge(model: Any) -> Any:
@@ -140,7 +189,7 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
     attention.uninstall(bridge)
     for config, before, after in _attention_names.pop(hf_model, ()):
         if config._attn_implementation == after:  # or somebody has set another since
-            config._attn_implementation = before
+            attention.name_function(config, before)
     for block in bridge.blocks:
         experts.uninstall(block._modules.get("mlp"))
     for seen in _watching(hf_model):
@@ -168,6 +217,17 @@ def _take_out(module: nn.Module) -> None:
                 getattr(getattr(child, "_hf_hook", None), "original_devices", {}).pop("bias", None)
         if child is not None:
             _take_out(child)
+
+
+def _keep_attention(bridge: Any, configs: list[Any], names: list[Any]) -> None:
+    """Leave to TransformerLens the names of attention functions where it computes attention."""
+    from miner_lens.models import attention
+
+    components = attention.rebuilt(attention.attentions_of(bridge))
+    computed = {id(getattr(plain(component), "config", None)) for component in components}
+    for config, name in zip(configs, names, strict=True):
+        if id(config) not in computed:
+            attention.name_function(config, name)
 
 
 def _configs(hf_model: nn.Module) -> list[Any]:
@@ -211,7 +271,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs(attention.configs_of(bridge)).watch(hf_model)
+    PassInputs(of_bridge=True).watch(hf_model)
     return bridge
 
 
@@ -231,36 +291,76 @@ def pass_inputs(bridge: Any) -> PassInputs:
 def _watching(hf_model: Any) -> list[PassInputs]:
     # Found by its hooks, which a deep copy of the model has copies of.
     owners = (getattr(hook, "__self__", None) for hook in hf_model._forward_pre_hooks.values())
-    return [owner for owner in owners if type(owner) is PassInputs]
+    return [owner for owner in owners if isinstance(owner, PassInputs) and owner.of_bridge]
 
 
-def past_length(inputs: Mapping[str, Any]) -> int:
-    """How many tokens of the sequence went before this pass, by its cache."""
-    # The second is its name before transformers 5.24.
-    cache = inputs.get("cache", inputs.get("past_key_values"))
-    return 0 if cache is None else int(cache.get_seq_length())
+def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of a decoder that would compute its last layers at few positions.
+
+    Those are the ones whose logits are wanted; the model's head is shown no more than them anyhow.
+    """
+    return args, {name: value for name, value in kwargs.items() if name != KEEP}
 
 
 class PassInputs:
-    """The inputs of the forward pass that is running, its token ids and its padding mask."""
+    """The inputs of the forward pass that is running, its token ids and its padding mask.
 
-    def __init__(self, configs: Sequence[Any] = ()) -> None:
-        self.all: dict[str, Any] = {}
-        self.ids: Tensor | None = None
-        self.real: Tensor | None = None
+    A pass begins where the model is called, or a module in it that has its decoder in it.
+
+    Args:
+        of_bridge: It sees all passes of a bridge, and not those in a context alone.
+    """
+
+    def __init__(self, of_bridge: bool = False) -> None:
+        self.of_bridge = of_bridge
         self.handles: list[Any] = []
         # So many passes without media are looked at where that waits for a device.
         self.looks = 8
-        # Whose attention functions are to stay hooked, whatever is set.
-        self.configs = list(configs)
+        # By thread, with the modules that are being called.
+        self._running: dict[int, tuple[ForwardPass, list[Any]]] = {}
 
-    def watch(self, model: Any) -> None:
-        """See each forward pass of a model from now on."""
-        hf_model = hf_model_of(model)
-        self.handles += [
-            hf_model.register_forward_pre_hook(self.see, with_kwargs=True),
-            hf_model.register_forward_hook(self.forget, always_call=True),
-        ]
+    def __getstate__(self) -> dict[str, Any]:
+        # No pass of a copy is running.
+        return vars(self) | {"_running": {}}
+
+    @property
+    def running(self) -> ForwardPass | None:
+        """The pass, or None where none is running."""
+        return self._running.get(get_ident(), (None,))[0]
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The token ids; None where there are none."""
+        return None if self.running is None else self.running.ids
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which tokens are no padding; None where all are real. See `ForwardPass.real`."""
+        return None if self.running is None else self.running.real
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """What the outermost call was given, by name."""
+        running = self.running
+        return {} if running is None else running.calls[0].arguments | {"input_ids": running.ids}
+
+    def watch(self, model: Any, way: Sequence[nn.Module] = ()) -> None:
+        """See each forward pass of a model from now on.
+
+        Args:
+            model: The model.
+            way: Its `way_to_decoder`, where that has been looked up.
+        """
+        for module in way or way_to_decoder(hf_model_of(model)):
+            self.watch_calls(module)
+            self.handles.append(module.register_forward_hook(self.forget, always_call=True))
+        decoder = decoder_of(hf_model_of(model))
+        if KEEP in inspect.signature(decoder.forward).parameters:
+            self.handles.append(decoder.register_forward_pre_hook(_keep_all, with_kwargs=True))
+
+    def watch_calls(self, module: nn.Module) -> None:
+        """See each call of a module from now on, and take it for running until the next one."""
+        self.handles.append(module.register_forward_pre_hook(self.see, with_kwargs=True))
 
     def stop(self) -> None:
         """See no more passes."""
@@ -268,53 +368,51 @@ class PassInputs:
             self.handles.pop().remove()
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the Hugging Face model."""
-        if self.configs:
-            from miner_lens.models import attention
+        """A forward pre-hook of a module that has the decoder in it, or of the decoder."""
+        state = self._running.get(get_ident())
+        # One that is called already was interrupted, and so is the pass.
+        if state is None or any(called is module for called in state[1]):
+            self._running[get_ident()] = state = (ForwardPass(), [])
+        running, called = state
+        running.calls.append(Call.of(module, args, kwargs))
+        called.append(module)
 
-            attention.keep(self.configs)
-        self.ids = kwargs.get("input_ids", args[0] if args else None)
-        self.all = kwargs | {"input_ids": self.ids}
-        self.real = None
-        self._warn_of_blanks(module, args[1:], kwargs)
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Mapping):  # as with a static cache, by kind of attention
-            mask = mask.get("full_attention")
-        if self.ids is None or not isinstance(mask, Tensor):
-            return
-        length = self.ids.shape[1]
-        if mask.ndim == 2:
-            # While decoding with a cache the mask spans the past as well.
-            self.real = mask[:, -length:].to(torch.bool)
-        elif mask.ndim == 4 and not past_length(kwargs):
-            # What the last token attends to: all that are real, where the batch is padded on the
-            # left. It is True there, or 0 and not -inf.
-            last = mask[:, 0, -1, :length]
-            self.real = last if last.dtype == torch.bool else last == 0
+        if self.of_bridge and len(running.calls) == 1:
+            self._warn_of_blanks(module, running)
 
-    def _warn_of_blanks(self, model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Say once that there are placeholders of media without media for them."""
-        if self.ids is None or not self.looks or torch.compiler.is_compiling():
+    def forget(self, module: Any, *_: Any) -> None:
+        """A forward hook of such a module: what was seen is of no later pass."""
+        called = self._running.get(get_ident(), (None, []))[1]
+        while any(one is module for one in called):
+            called.pop()
+        if not called:
+            self._running.pop(get_ident(), None)
+
+    @contextmanager
+    def again(self, running: ForwardPass | None) -> Iterator[None]:
+        """A pass that is over is running once more, as a part of it is computed again."""
+        former = self._running.pop(get_ident(), None)
+        if running is not None:
+            self._running[get_ident()] = (running, [])
+        try:
+            yield
+        finally:
+            self._running.pop(get_ident(), None)
+            if former is not None:
+                self._running[get_ident()] = former
+
+    def _warn_of_blanks(self, model: Any, running: ForwardPass) -> None:
+        """Warn once that there are placeholders of media without media for them."""
+        ids, arguments = running.ids, running.calls[0].arguments
+        if ids is None or not self.looks or torch.compiler.is_compiling():
             return
         media = media_tokens(model.config)
-        if not media or brings_media(kwargs | dict(enumerate(args))) or past_length(kwargs):
+        if not media or brings_media(arguments) or past_length(arguments):
             return
-        self.looks -= self.ids.device.type != "cpu"
-        blanks = torch.isin(self.ids, self.ids.new_tensor(list(media.values())))
-        if blanks.any():
+        self.looks -= ids.device.type != "cpu"
+        if torch.isin(ids, ids.new_tensor(list(media.values()))).any():
             self.looks = 0
-            warnings.warn(
-                "These tokens have placeholders of media, but this pass brings no media, so the "
-                "model reads the placeholders themselves. Pass all inputs, "
-                "model(**ml.inputs(model, messages)), or open ml.bind(model, inputs) around tools "
-                "that pass tokens alone.",
-                stacklevel=2,
-            )
-
-    def forget(self, *_: Any) -> None:
-        """A forward hook of the Hugging Face model: what was seen is of no later pass."""
-        self.ids = self.real = None
-        self.all = {}
+            warnings.warn(BLANKS, stacklevel=2)
 
 
 def _attach_activation(mlp: Any) -> bool:
@@ -347,10 +445,11 @@ def _attach_experts(mlp: Any) -> bool:
     """Have X of a layer's experts pass through a hooked `act` component."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    if "act" in mlp._modules or experts.experts_of(mlp) is None:
+    known = experts.experts_of(mlp)
+    if "act" in mlp._modules or known is None:
         return False
     component = GeneralizedComponent(name="experts")
-    component.set_original_component(experts.ExpertNeurons())
+    component.set_original_component(experts.neurons_of(known))
     mlp.add_module("act", component)
     return experts.install(mlp, component)
 

@@ -17,7 +17,8 @@ from miner_lens.models.sites import Site, Tower, sites
 from miner_lens.models.structure import decoder_of, walk
 
 NO_ATTENTION = (
-    "{site}: queries and keys after RoPE cannot be read, so attn_k and attn_q cannot be scored. "
+    "{site}: queries and keys after RoPE cannot be read{why}, so attn_k and attn_q cannot be "
+    "scored. "
     'prob, mean and max can: metrics=("prob", "mean", "max").'
 )
 
@@ -204,7 +205,8 @@ def _missing(
         yield "projector: it has no activation function between two linear layers, so no neurons."
     for name, site in found.items():
         if name != "projector" and not site.attention:
-            yield NO_ATTENTION.format(site=name)
+            why = attention.unreadable(bridge) if name == "llm" else None
+            yield NO_ATTENTION.format(site=name, why=f" ({why})" if why else "")
     if any("shared_expert" in name for name, _ in walk(decoder_of(hf_model_of(bridge)))):
         yield "llm: shared experts, which see every token; only neurons of routed ones are counted."
     if attention.rebuilt(attention.attentions_of(bridge)):

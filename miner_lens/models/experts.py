@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -31,6 +31,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
+from miner_lens.models.holders import held, is_held
+from miner_lens.models.hook import ContextHook
 from miner_lens.models.structure import ACTIVATION_NAMES, MLP, children, plain
 
 # Those of models whose experts have no forward of ours.
@@ -190,7 +192,7 @@ def expert_mlp(block: Any) -> MLP:
     before, down = (
         ExpertProjection(plain(block), experts, name) for name in ("gate_up_proj", "down_proj")
     )
-    return MLP(_neurons_of(experts), before, down)
+    return MLP(neurons_of(experts), before, down)
 
 
 def install(block: Any, around: nn.Module | None = None) -> bool:
@@ -201,18 +203,24 @@ def install(block: Any, around: nn.Module | None = None) -> bool:
         around: A TransformerLens component around an `ExpertNeurons`, to be called in its place.
     """
     experts = experts_of(block)
-    if experts is None or _installed(experts) is not None:
+    former = None if experts is None else _installed(experts)
+    if experts is None or (former is not None and around is None):
         return False
     forward = _forward_of_all if _takes_all(experts) else _forward
-    vars(experts)[_place(experts)] = partial(forward, experts, around or _neurons_of(experts))
-    plain(block).register_forward_pre_hook(_note_shape)
+    vars(experts)[_place(experts)] = partial(forward, experts, around or neurons_of(experts))
+    if former is None:
+        plain(block).register_forward_pre_hook(_note_shape)
     return True
 
 
 def uninstall(block: Any) -> None:
-    """Undo `install`."""
+    """Undo `install`; where a context needs it, undo `around` alone."""
     experts = experts_of(block)
     if experts is None or _installed(experts) is None:
+        return
+    _neurons[experts] = neurons_of(experts)
+    if is_held(("experts", plain(block))):
+        install(block, _neurons[experts])
         return
     place = _place(experts)
     if place == "forward":
@@ -228,20 +236,29 @@ def uninstall(block: Any) -> None:
 def passing(mlps: Iterable[MLP]) -> Iterator[None]:
     """Have X of experts pass by while the context is open, also of a model in no bridge."""
     blocks = [mlp.down.block for mlp in mlps if isinstance(mlp.down, ExpertProjection)]
-    installed = [block for block in blocks if install(block)]
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(held(("experts", block), partial(_passing, block)))
         yield
-    finally:
-        for block in installed:
-            uninstall(block)
 
 
-def _neurons_of(experts: nn.Module) -> ExpertNeurons:
+def neurons_of(experts: nn.Module) -> ExpertNeurons:
+    """Where X of all experts of a layer passes by."""
     installed = _installed(experts)
     if installed is None:
         return _neurons.setdefault(experts, ExpertNeurons())
     found: ExpertNeurons = plain(installed)
     return found
+
+
+@contextmanager
+def _passing(block: nn.Module) -> Iterator[None]:
+    install(block)
+    try:
+        yield
+    finally:
+        if isinstance(_installed(experts_of(block)), ExpertNeurons):  # in no bridge
+            uninstall(block)
 
 
 def _place(experts: nn.Module) -> str:
@@ -260,7 +277,7 @@ def _installed(experts: nn.Module) -> Any:
 
 def _note_shape(block: Any, args: tuple[Any, ...]) -> None:
     """A forward pre-hook of the module that routes tokens."""
-    _neurons_of(experts_of(block)).shape = args[0].shape[:-1]
+    neurons_of(experts_of(block)).shape = args[0].shape[:-1]
 
 
 def _forward(
@@ -340,7 +357,10 @@ def _replaced(experts: Any, through: Callable[[Tensor], Tensor]) -> Iterator[Non
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(
-        one._forward_hooks or one._forward_pre_hooks or one._backward_hooks
+    hooks = (
+        hook
         for one in module.modules()
+        for some in (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks)
+        for hook in some.values()
     )
+    return any(not isinstance(hook, ContextHook) or hook.applies() for hook in hooks)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any, NamedTuple
 
 from miner_lens.models.copies import Growth, equal, grown, growth, repeat, single
+from miner_lens.models.holders import held
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.structure import decoder_of, plain
+
+# What computes the features of a medium while they are kept: first the model itself, then the
+# contexts that keep them.
+_open: dict[tuple[Any, str], list[Callable[..., Any]]] = {}
 
 
 class _Given(NamedTuple):
@@ -83,7 +88,7 @@ class Features:
 
     @contextmanager
     def _keep(self, place: Any, method: str, copies: int) -> Iterator[None]:
-        compute, own = getattr(place, method), vars(place).get(method)
+        compute = _open[place, method][0] if (place, method) in _open else getattr(place, method)
         key = (id(place), method)
         calls = self._calls.setdefault(key, [])
 
@@ -108,11 +113,30 @@ class Features:
             grows = self._grows[key]
             return once(given) if grows is None else grown(result, grows, copies)
 
-        setattr(place, method, kept)
-        try:
-            yield
-        finally:
-            delattr(place, method) if own is None else setattr(place, method, own)
+        with held(("features", place, method), partial(_replaced, place, method)):
+            _open[place, method].append(kept)
+            try:
+                yield
+            finally:
+                _open[place, method].remove(kept)
+
+
+@contextmanager
+def _replaced(place: Any, method: str) -> Iterator[None]:
+    """Have what computes features ask the last context that is open, in whatever order they end."""
+    compute, own = getattr(place, method), vars(place).get(method)
+    functions = _open[place, method] = [compute]
+
+    @wraps(compute)
+    def last(*args: Any, **kwargs: Any) -> Any:
+        return functions[-1](*args, **kwargs)
+
+    setattr(place, method, last)
+    try:
+        yield
+    finally:
+        del _open[place, method]
+        delattr(place, method) if own is None else setattr(place, method, own)
 
 
 def _computing(hf_model: Any, modality: str) -> Iterator[tuple[Any, str]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miner_lens.models import attention
-from miner_lens.models.generation import Inputs
+from miner_lens.models.holders import held
 from miner_lens.models.inside import hf_model_of, uncompiled
 
 
@@ -23,12 +23,21 @@ def evaluating(model: Any) -> Iterator[None]:
     The model's own settings come back afterwards.
     """
     hf_model = hf_model_of(model)
+    with (
+        held(("evaluation mode", hf_model), partial(_evaluation_mode, hf_model)),
+        held(("fused attention", hf_model), partial(attention.fused, model)),
+        uncompiled(),
+    ):
+        yield
+
+
+@contextmanager
+def _evaluation_mode(hf_model: Any) -> Iterator[None]:
     training = [module for module in hf_model.modules() if module.training]
     if training:
         hf_model.eval()
     try:
-        with attention.fused(model), uncompiled():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -63,7 +72,6 @@ def differentiable(hf_model: Any, towers: Sequence[Any] = ()) -> Iterator[None]:
         hf_model: The model.
         towers: Modules of towers in which gradients are wanted.
     """
-    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
 
     def begin(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -76,45 +84,49 @@ def differentiable(hf_model: Any, towers: Sequence[Any] = ()) -> Iterator[None]:
     embeddings = hf_model.get_input_embeddings()
     handles = [embeddings.register_forward_hook(lambda _, __, embedded: begin(embedded))]
     handles += [one.register_forward_pre_hook(begin_tower, with_kwargs=True) for one in towers]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with held(("frozen weights", hf_model), partial(_frozen, hf_model)), torch.enable_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _frozen(hf_model: Any) -> Iterator[None]:
+    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
         for parameter in trained:
             parameter.requires_grad_(True)
 
 
 @contextmanager
-def last_logits(hf_model: Any, count: int | None = 1) -> Iterator[Inputs]:
+def last_logits(hf_model: Any, count: int | None = 1) -> Iterator[None]:
     """No projection onto the vocabulary but of the last positions.
+
+    The head is shown no more than these. The model is not told, as some families then compute
+    their last layers at these positions alone.
 
     Args:
         hf_model: The model.
         count: Of how many; None: of all, so that nothing changes.
-
-    Yields:
-        What to tell the model; one that cannot be told so has its head see no more.
     """
-    if count is None:
-        yield {}
-        return
-    if "logits_to_keep" in inspect.signature(hf_model.forward).parameters:
-        yield {"logits_to_keep": count}
-        return
     head = hf_model.get_output_embeddings()
-    if head is None:
-        yield {}
+    if count is None or head is None:
+        yield
         return
+    last = slice(-count, None)
 
-    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if is_aside() else (args[0][:, -count:], *args[1:])
+    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        cannot = is_aside() or not args or args[0].ndim < 3
+        return None if cannot else (args[0][:, last], *args[1:])
 
     handle = head.register_forward_pre_hook(cut)
     try:
-        yield {}
+        yield
     finally:
         handle.remove()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
-from miner_lens.models.mistral import is_mistral, with_sound_files
+from miner_lens.models.mistral import is_mistral
+from miner_lens.models.processing import read
 from miner_lens.models.rendering import (
     REFUSALS,
     fit_template,
@@ -53,7 +55,10 @@ _rendering = threading.Lock()
 
 
 def prepare_inputs(
-    model: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = True
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
 ) -> Inputs:
     """Render conversations with the model's processor, on the model's device, left-padded.
 
@@ -61,13 +66,15 @@ def prepare_inputs(
         ValueError: The model has no processor.
         SampleError: A medium cannot be read, or the processor refuses the conversation.
     """
-    return to_device(render(model, conversations, add_generation_prompt), input_device(model))
+    rendered = render(model, conversations, add_generation_prompt, **processor_kwargs)
+    return to_device(rendered, input_device(model))
 
 
 def render(
     model: Any,
     conversations: Sequence[Sequence[Message]],
     add_generation_prompt: bool | None = None,
+    **processor_kwargs: Any,
 ) -> Inputs:
     """Return what `prepare_inputs` does, still on the CPU.
 
@@ -85,13 +92,13 @@ def render(
         )
     media = media_of(model)
     with _rendering:
-        opened = [load_media(messages, processor) for messages in conversations]
-        for messages, read in zip(conversations, opened, strict=True):
-            require_parts(messages, read)
+        opened = [load_media(m, processor, **processor_kwargs) for m in conversations]
+        for messages, parts in zip(conversations, opened, strict=True):
+            require_parts(messages, parts)
         marks = placeholders(processor, media or {})
         spelled = next(filter(None, (spelled_out(messages, marks) for messages in opened)), "")
         try:
-            batch = _encode(processor, opened, add_generation_prompt)
+            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs, marks)
         except SampleError:
             raise
         except REFUSALS as error:
@@ -100,52 +107,49 @@ def render(
             ) from error
         if spelled:
             raise SampleError(spelled)
-    # PaliGemma's processor adds labels, for training.
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     require_media(opened, inputs, media)
     return inputs
 
 
-def _encode(processor: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Any:
-    """Model inputs of conversations, of whose texts and media a chat template leaves none out."""
+def _encode(
+    processor: Any,
+    opened: Sequence[Any],
+    add_generation_prompt: bool,
+    processor_kwargs: Mapping[str, Any],
+    placeholders: Collection[str],
+) -> Inputs:
+    """Return model inputs of conversations, of whose texts and media a template leaves none out."""
     tokenizer = getattr(processor, "tokenizer", processor)
     mistral = is_mistral(tokenizer)
-    if mistral:  # without a chat template to ask
-        opened = with_sound_files(opened, processor.feature_extractor.sampling_rate)
-    else:
+    if not mistral:  # which has no chat template to ask
         template = partial(
             processor.apply_chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
         source = str(processor.chat_template)
-        opened = [fit_template(template, messages, source) for messages in opened]
+        opened = [fit_template(template, messages, source, placeholders) for messages in opened]
     if tokenizer is processor:
-        return _as_text(processor, opened, add_generation_prompt)
-    batch = processor.apply_chat_template(
-        opened,
-        tokenize=True,
-        add_generation_prompt=add_generation_prompt,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", **_videos(opened)},
-    )
+        return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
+    inputs = read(processor, opened, add_generation_prompt, processor_kwargs)
     if mistral:
-        for messages, ids in zip(opened, batch["input_ids"], strict=True):
+        for messages, ids in zip(opened, inputs["input_ids"], strict=True):
             require_texts(messages, tokenizer.decode(ids))
-    return batch
+    return inputs
 
 
-def _videos(opened: Sequence[Sequence[Message]]) -> dict[str, Any]:
-    """What a processor is told of videos, whose frames `load_media` has sampled."""
-    contents = [message["content"] for messages in opened for message in messages]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    known = [part.pop("metadata") for part in parts if part["type"] == "video"]
-    return {"video_metadata": known, "do_sample_frames": False} if known else {}
-
-
-def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool) -> Inputs:
+def _as_text(
+    tokenizer: Any,
+    opened: Sequence[Any],
+    add_generation_prompt: bool,
+    tokenizer_kwargs: Mapping[str, Any],
+) -> Inputs:
     """What a model without media reads, one conversation at a time, as padding is of ours."""
+    takes = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in tokenizer_kwargs:
+        # What it does not take by name, it hands to the template, which may not read it.
+        if name not in takes and name not in str(tokenizer.chat_template):
+            raise TypeError(f"{type(tokenizer).__name__} has no option {name!r}")
     apart = [
         dict(
             tokenizer.apply_chat_template(
@@ -154,6 +158,7 @@ def _as_text(tokenizer: Any, opened: Sequence[Any], add_generation_prompt: bool)
                 add_generation_prompt=add_generation_prompt,
                 return_dict=True,
                 return_tensors="pt",
+                **tokenizer_kwargs,
             )
         )
         for messages in opened
@@ -204,19 +209,26 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def inputs(model: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> Inputs:
+def inputs(
+    model: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    **processor_kwargs: Any,
+) -> Inputs:
     """Turn messages into what `model(**inputs)` and `model.run_with_cache(**inputs)` take.
 
     Args:
         model: A bridge with a processor, or a Hugging Face model with a `.processor`.
         messages: One conversation in Hugging Face chat format.
         add_generation_prompt: Whether to end with the opening of the assistant's turn.
+        processor_kwargs: Passed on to the processor, such as `max_pixels` or `num_frames`, by
+            name or as `images_kwargs`, `videos_kwargs`, `audio_kwargs` and `text_kwargs`.
 
     Returns:
         Keyword arguments on the model's device. The token ids are called `input` for a bridge,
         as TransformerLens calls them, and `input_ids` for a Hugging Face model.
     """
-    batch = prepare_inputs(model, [messages], add_generation_prompt)
+    batch = prepare_inputs(model, [messages], add_generation_prompt, **processor_kwargs)
     if is_bridge(bare(model)):
         batch = {"input": batch.pop("input_ids"), **batch}
     return batch
@@ -226,6 +238,7 @@ def generate(
     model: Any,
     messages: Sequence[Message] | Sequence[Sequence[Message]],
     max_new_tokens: int = 128,
+    processor_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str | list[str]:
     """Answer a conversation, or a batch of them, with all hooks and ablations live.
@@ -238,6 +251,7 @@ def generate(
         model: A bridge with a processor.
         messages: One conversation in Hugging Face chat format, or a list of conversations.
         max_new_tokens: How many tokens to generate at most.
+        processor_kwargs: Passed on to the processor, as `apply_chat_template` takes them.
         options: Passed on to Hugging Face's `generate`.
 
     Returns:
@@ -247,7 +261,7 @@ def generate(
         raise ValueError("There is no message to answer.")
     single = isinstance(messages[0], dict)
     conversations: Any = [messages] if single else messages
-    batch = prepare_inputs(model, conversations)
+    batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
     answers = generate_from(model, batch, max_new_tokens, **options)
     return answers[0] if single else answers
 

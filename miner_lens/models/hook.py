@@ -7,14 +7,23 @@ from typing import Any
 
 
 class ContextHook:
-    """A hook that knows whether it was called, and that no copy of the model has."""
+    """A hook that knows whether it was called, and that no copy of the model has.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    Attributes:
+        function: What it does.
+        applies: Whether it does anything now.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], applies: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.function, self.applies = function, applies
         self.called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What torch does of any hook."""
+        if not self.applies():
+            return None
         self.called = True
         return self.function(*args, **kwargs)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from miner_lens.models.holders import held
 
 # Bridges that a model was taken out of.
 _retired: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -76,14 +79,24 @@ def is_compiled(model: Any) -> bool:
     return in_place or bool(compiled(model))
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[None]:
     """Run what torch.compile has compiled as it is written, while the context is open.
 
     Compiled code passes by hooks that were registered after it was compiled, and goes on with those
     that have been removed since.
     """
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+    return held("eager", _eager)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    ours = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        now = torch.compiler.set_stance("default")
+        # Somebody else may have set another since, which stays.
+        (ours if now.prev is ours.stance else now).__exit__(None, None, None)
 
 
 def _refuse(*_: Any, **__: Any) -> None:

@@ -33,6 +33,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
+    check: bool = True,
     **options: Any,
 ) -> TransformerBridge:
     """Load a multimodal model and its processor, ready to be mined.
@@ -44,6 +45,7 @@ def load(
         dtype: Weight dtype; default the checkpoint's own.
         device_map: Hugging Face device map, for a model larger than one device.
         revision: Hub branch, tag or commit.
+        check: Compare the logits of a short prompt with those of the plain model; see `wrap`.
         options: Passed on to Hugging Face's `from_pretrained`, such as `attn_implementation`,
             `quantization_config` or `torch_dtype`, an older name of `dtype`. What says where to
             read from and whom to trust (`cache_dir`, `token`, `trust_remote_code`, ...) goes to
@@ -95,7 +97,7 @@ def load(
     )
     if device_map is None:
         model.to(device or default_device())
-    return wrap(model.eval(), _load_processor(path, shared))
+    return wrap(model.eval(), _load_processor(path, shared), check)
 
 
 def _resolve(name_or_path: str | Path) -> str:

@@ -83,7 +83,12 @@ def spelled_out(messages: Sequence[Message], placeholders: Collection[str]) -> s
     return ""
 
 
-def fit_template(template: Template, messages: Sequence[Message], source: str = "") -> Conversation:
+def fit_template(
+    template: Template,
+    messages: Sequence[Message],
+    source: str = "",
+    placeholders: Collection[str] = (),
+) -> Conversation:
     """Return a conversation in the form that a chat template takes, nothing of it left out.
 
     A content that is a string becomes a list of parts where the template goes through parts; a
@@ -93,6 +98,7 @@ def fit_template(template: Template, messages: Sequence[Message], source: str = 
         template: A function that renders a conversation to text.
         messages: A conversation with its media opened.
         source: The chat template itself.
+        placeholders: What stands for a medium in a text.
 
     Raises:
         SampleError: The template leaves out a text or a medium.
@@ -100,7 +106,10 @@ def fit_template(template: Template, messages: Sequence[Message], source: str = 
     messages = _taken(template, messages)
     probed, probes = _probed(messages)
     text = template(probed)
-    for at, part in _media(probed):
+    media = list(_media(probed))
+    if sum(map(text.count, placeholders)) >= len(media):
+        media = []  # a template may write a placeholder without looking at the part
+    for at, part in media:
         parts = [other for other in probed[at]["content"] if other is not part]
         without = [*probed[:at], {**probed[at], "content": parts}, *probed[at + 1 :]]
         if _squeezed(_attempt(template, without)) == _squeezed(text):

@@ -135,6 +135,17 @@ def decoder_of(hf_model: Any) -> Any:
     return decoder
 
 
+def way_to_decoder(hf_model: Any) -> list[nn.Module]:
+    """The modules that call each other down to the decoder: the model first, the decoder last."""
+    decoder = decoder_of(hf_model)
+    names = (name for name, module in hf_model.named_modules() if module is decoder)
+    way = [hf_model]
+    for name in next(names, "").split("."):
+        if name:
+            way.append(way[-1]._modules[name])
+    return [module for module in way if not isinstance(module, nn.ModuleList)]
+
+
 def joined(path: str, *names: str) -> str:
     """A longer name."""
     return ".".join(name for name in (path, *names) if name)
@@ -175,10 +186,24 @@ def layer_of(block: Any, path: str) -> Layer | None:
     for name, module in _near(block):
         names = mlp_names(module)
         if names is not None:
-            activation, before, down = (joined(path, name, one) for one in names)
             attention = attention_name(block)
-            return Layer(activation, before, down, attention and joined(path, attention))
+            return _layer(module, names, joined(path, name), attention and joined(path, attention))
     return None
+
+
+def _layer(mlp: Any, names: tuple[str, str, str], path: str, attention: str | None = None) -> Layer:
+    activation, *linear = names
+    before, down = (joined(path, _linear_name(mlp, name)) for name in linear)
+    return Layer(joined(path, activation), before, down, attention)
+
+
+def _linear_name(module: Any, name: str) -> str:
+    """The name of a linear layer, also inside a module that clips what goes in and comes out."""
+    around = part(module, name)
+    inside = [below for below, child in children(around).items() if hasattr(child, "in_features")]
+    if hasattr(around, "in_features") or len(inside) != 1:
+        return name
+    return joined(name, inside[0])
 
 
 def attention_name(block: Any) -> str | None:
@@ -259,9 +284,9 @@ def _projector(hf_model: Any, towers: dict[str, tuple[str, ...]]) -> Iterator[St
         if isinstance(module, nn.ModuleList):
             if within is None:
                 blocks, layers = path, _blocks_of(module, path)
-        elif mlp_names(module) is not None:
+        elif (names := mlp_names(module)) is not None:
             alike = (one for one in _alike(hf_model, decoder, module) if one != path)
-            layers = tuple(_layer_at(hf_model, one) for one in (path, *alike))
+            layers = tuple(_layer(part(hf_model, one), names, one) for one in (path, *alike))
         if layers:
             yield Stack("projector", _whole(hf_model, path, others), media, layers, blocks)
             return
@@ -278,12 +303,6 @@ def _alike(hf_model: Any, decoder: Any, module: Any) -> Iterator[str]:
             for name, child in children(outside).items():
                 if type(child) is type(module):
                     yield joined(path, name)
-
-
-def _layer_at(hf_model: Any, path: str) -> Layer:
-    names = mlp_names(part(hf_model, path)) or ()
-    activation, before, down = (joined(path, name) for name in names)
-    return Layer(activation, before, down)
 
 
 def _blocks_of(blocks: nn.ModuleList, path: str) -> tuple[Layer, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from miner_lens.models import sites
 from miner_lens.models.access import identity, mlps
 from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
+from miner_lens.models.checkpointing import is_checkpointed
 from miner_lens.models.experts import passing
 from miner_lens.models.inside import (
     bare,
@@ -47,7 +49,9 @@ def ablate(
     projection. Contexts nest, the inner one on top of the outer; hooks, caches and generation
     inside see the ablated model, and `reset_hooks()` does not end it. A copy of the model that is
     made meanwhile is intact. Afterwards the model computes what it computed before, bit for bit,
-    also after an exception. A warning says so where the model ran and nothing was written.
+    also after an exception; contexts may be closed in any order and thread. What gradient
+    checkpointing computes again for a later backward pass is ablated as it was. A warning says so
+    where the model ran and nothing was written.
 
     Args:
         model: A `TransformerBridge` or a plain Hugging Face model, also inside torch.compile,
@@ -65,7 +69,8 @@ def ablate(
     Raises:
         ValueError: The neurons are another model's, carry no means for `"mean"` or several, or are
             experts' and it is asked for, the model has no such modality, or its weights are on the
-            meta device and not offloaded.
+            meta device and not offloaded. In a pass: it does not say which tokens are real, or of
+            which modality, and that matters.
 
     Example:
         with ml.ablate(model, msns["image"]):
@@ -106,13 +111,14 @@ def ablation_hooks(
             "ablation_hooks cannot write 'min' in a tower: hook points do not say which rows are "
             "one image or clip. Use ml.ablate, which can."
         )
-    seen = pass_inputs(model)
-    place = sites.find(hf_model_of(model), write.site)
+    tokens = tokens.of(pass_inputs(model))
+    hf_model = hf_model_of(model)
+    place = sites.find(hf_model, write.site)
     layers = mlps(model, write.site)
     write.check(layers)
     hooks: list[Hook] = []
-    for layer, target in write.targets(layers, hf_model_of(model)).items():
-        hooks.append((place.activation_point(layer), _point_hook(write, tokens, seen, target)))
+    for layer, target in write.targets(layers, hf_model).items():
+        hooks.append((place.activation_point(layer), _point_hook(hf_model, write, tokens, target)))
     return hooks
 
 
@@ -155,7 +161,11 @@ def opened_in_rows(
             "what passes there are patches or frames. Try that condition by itself."
         )
     with ExitStack() as stack:
-        hooks = placed[0][0].open_all(stack, placed, end) if placed else ContextHooks()
+        hooks = (
+            placed[0][0].open_all(stack, placed, end)
+            if placed
+            else ContextHooks(hf_model_of(model))
+        )
         yield
         hooks.warn_if_idle(lambda: is_compiled(model), stacklevel=3)
 
@@ -210,46 +220,39 @@ class PreparedAblation:
             placed: Each with the rows of the batch that it is for; None: all.
             batch: How many rows there are, where some are named.
         """
-        hooks = ContextHooks()
+        hooks = ContextHooks(self._hf_model, [partial(passing, self._layers), uncompiled])
         by_layer: dict[int, list[_Part]] = {}
-        stack.enter_context(passing(self._layers))
-        stack.enter_context(uncompiled())
+        stack.enter_context(hooks.open())
         for one, rows in placed:
             where = {} if rows is None else {"rows": [rows.start, rows.stop]}
             stack.enter_context(noted(self._hf_model, one.description | where))
-            one._watch(stack, rows)
+            tokens = one._tokens.of(PassInputs(), rows)
+            hooks.know(tokens.inputs)
+            if one._write.needs_tokens:
+                tokens.watch(self._model)
             for layer, target in one._targets.items():
-                by_layer.setdefault(layer, []).append(_Part(one, target, rows))
-        stack.callback(hooks.remove)
+                by_layer.setdefault(layer, []).append(_Part(one._write, target, tokens, rows))
         for layer, parts in by_layer.items():
             _write_into(self._layers[layer].activation, hooks, parts, batch)
         hooks.watch(self._runs)
         return hooks
-
-    def _watch(self, stack: ExitStack, rows: slice | None) -> None:
-        """Know of each pass what must be known of its tokens, in these rows."""
-        stack.callback(self._tokens.stop)
-        if isinstance(self._tokens, Tokens):
-            self._tokens.rows = slice(None) if rows is None else rows
-        if self._write.needs_tokens:
-            self._tokens.watch(self._model)
 
 
 @dataclass(frozen=True)
 class _Part:
     """What an ablation writes in a layer, in some rows of the batch; None: in all."""
 
-    ablation: PreparedAblation
+    does: Write
     target: Target
+    tokens: Tokens | TowerRows
     rows: slice | None
 
     def write(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row neuron"]:
         """X with what is written; in place where no gradient is wanted."""
-        one = self.ablation
         if self.rows is None:
-            return one._write(x, self.target, one._tokens)
+            return self.does(x, self.target, self.tokens)
         some = x[self.rows]
-        new = one._write(some, self.target, one._tokens)
+        new = self.does(some, self.target, self.tokens)
         if new is some:
             return x
         return torch.cat([x[: self.rows.start], new, x[self.rows.stop :]])
@@ -307,10 +310,22 @@ def check_neurons(model: Any, neurons: Neurons) -> NeuronSet:
     )
 
 
-def _point_hook(write: Write, tokens: Tokens | TowerRows, seen: PassInputs, target: Target) -> Any:
+def _point_hook(
+    hf_model: Any, write: Write, tokens: Tokens | TowerRows, target: Target
+) -> Callable[..., Tensor]:
     def hook(x: Tensor, hook: Any) -> Tensor:
-        tokens.ids, tokens.real = seen.ids, seen.real
+        running = tokens.inputs.running
+        if running is not None and running.grad and hf_model.training:
+            running.once("checkpointed", lambda: _refuse_checkpointed(hf_model))
         # What a hook point hands out may be cached by others, so it is not changed in place.
         return write(x.clone(), target, tokens)
 
     return hook
+
+
+def _refuse_checkpointed(hf_model: Any) -> None:
+    if is_checkpointed(hf_model):
+        raise ValueError(
+            "Gradient checkpointing computes layers again for the backward pass, when these hooks "
+            "may be gone. Use ml.ablate, which is there again, or switch checkpointing off."
+        )

@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_active: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+_active: weakref.WeakKeyDictionary[Any, dict[object, Any]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def noted(hf_model: Any, ablation: Any) -> Iterator[None]:
     """Count an ablation, described as JSON can hold it, as active while the context is open."""
-    _active.setdefault(hf_model, []).append(ablation)
+    key = object()  # of its own, as equal ones may be closed in any order
+    _active.setdefault(hf_model, {})[key] = ablation
     try:
         yield
     finally:
-        _active[hf_model].remove(ablation)
+        del _active[hf_model][key]
 
 
 def active(hf_model: Any) -> list[Any]:
     """The ablations that a Hugging Face model is under, outermost first."""
-    return list(_active.get(hf_model, ()))
+    return list(_active.get(hf_model, {}).values())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import PassInputs, past_length
+from miner_lens.models.bridge import PassInputs
+from miner_lens.models.forward_pass import past_length
 from miner_lens.models.inside import hf_model_of, uncompiled
 from miner_lens.models.modality import ModalityLayout
 from miner_lens.models.structure import decoder_of

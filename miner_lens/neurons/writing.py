@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -17,10 +17,11 @@ from miner_lens.models.access import layout
 from miner_lens.models.bridge import PassInputs
 from miner_lens.models.devices import offloaded_weights
 from miner_lens.models.experts import ExpertProjection
-from miner_lens.models.hook import ContextHook
+from miner_lens.models.forward_pass import ForwardPass
 from miner_lens.models.inside import hf_model_of
+from miner_lens.models.modality import Masks
 from miner_lens.models.sites import Tower
-from miner_lens.models.structure import MLP, plain
+from miner_lens.models.structure import MLP, way_to_decoder
 from miner_lens.neurons.neuron_set import NeuronSet
 
 
@@ -38,17 +39,18 @@ class Times:
 Value = float | Literal["zero", "min", "mean"] | Times
 
 
-class Tokens(PassInputs):
+class Tokens:
     """Knows of the pass that is running which tokens are real, and which are to be ablated.
 
     Attributes:
+        inputs: What is known of the pass.
         rows: Of which rows of the batch.
     """
 
     def __init__(self, model: Any, at: str | None) -> None:
-        super().__init__()
+        self.inputs = PassInputs()
         self.rows = slice(None)
-        self._looked_up: tuple[Tensor, Tensor] | None = None
+        self._way = way_to_decoder(hf_model_of(model))
         self.at = at
         self.layout = None if at is None else layout(model)
         if self.layout is not None:
@@ -56,78 +58,105 @@ class Tokens(PassInputs):
             if at not in known:
                 raise ValueError(f"The model has no modality {at!r}; it has {', '.join(known)}.")
 
-    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the Hugging Face model."""
-        super().see(module, args, kwargs)
-        self.ids, self.real = (
-            None if one is None else one[self.rows] for one in (self.ids, self.real)
-        )
+    def of(self, inputs: PassInputs, rows: slice | None = None) -> Tokens:
+        """The same of other passes, or of some rows of the batch."""
+        tokens = copy.copy(self)
+        tokens.inputs, tokens.rows = inputs, rows or slice(None)
+        return tokens
+
+    def watch(self, model: Any) -> None:
+        """See each pass of a model from now on."""
+        self.inputs.watch(model, self._way)
 
     def chosen(self) -> Bool[Tensor, "batch pos"] | None:
         """The tokens of the modality to ablate at, or None where it is everywhere."""
-        if self.layout is None or self.at is None or self.ids is None:
+        running = self.inputs.running
+        if running is None or running.ids is None or self.at is None:
             return None
-        if self._looked_up is None or self._looked_up[0] is not self.ids:
-            self._looked_up = (self.ids, self.layout.masks(self.ids, self.real)[self.at])
-        return self._looked_up[1]
+        mask: Tensor = running.once(self, lambda: self._chosen(running))
+        return mask
+
+    def _chosen(self, running: ForwardPass) -> Tensor:
+        known: Any = self.layout
+        try:
+            real = running.real
+        except ValueError:
+            if self.at not in known.media:
+                raise
+            real = None  # padding is no medium
+        masks: Masks = known.masks(running.ids, real)
+        return masks[str(self.at)][self.rows]
 
     def lowest(self, x: Float[Tensor, "batch pos neuron"]) -> Float[Tensor, "batch 1 1"]:
         """The smallest X of each sample's real tokens."""
-        if self.real is not None:
-            x = x.masked_fill(~self.real.to(x.device)[..., None], torch.inf)
-        return x.amin(dim=(-2, -1), keepdim=True)
+        running = self.inputs.running
+        if running is None or (len(x), running.shape[1]) != x.shape[:-1]:
+            raise ValueError(
+                "value='min' needs to see the model called as a whole, to know which tokens are "
+                f"one sample's and real, and the MLP's activation function gives {list(x.shape)}. "
+                "Call the model, or give another value."
+            )
+        if running.real is None:
+            if running.packed:
+                raise ValueError(
+                    "value='min' is the smallest X of each sample, and the position_ids of this "
+                    "pass say that a row has several. Give each sample a row of its own."
+                )
+            return x.amin(dim=(-2, -1), keepdim=True)
+        real = running.real[self.rows].to(x.device)[..., None]
+        lowest = x.masked_fill(~real, torch.inf).amin(dim=(-2, -1), keepdim=True)
+        # Anything finite where all is padding, as in a chunk of a prompt.
+        return lowest.masked_fill(~real.any(1, keepdim=True), 0)
 
-    def forget(self, *_: Any) -> None:
-        """What was seen is of no later pass."""
-        super().forget()
-        self._looked_up = None
 
+class TowerRows:
+    """Knows of the tower's call that is running which rows are real, and of which item each is.
 
-class TowerRows(PassInputs):
-    """Knows of the tower's call that is running which rows are real, and of which item each is."""
+    Attributes:
+        inputs: What is known of the call.
+    """
 
     def __init__(self, tower: Tower) -> None:
-        super().__init__()
+        self.inputs = PassInputs()
         self.tower = tower
-        self._arguments: dict[str, Any] | None = None
         self._hf_model: Any = None
-        self._there: tuple[Tensor, Tensor] | None = None
-        self._count = 0
+
+    def of(self, inputs: PassInputs, rows: slice | None = None) -> TowerRows:
+        """The same of other calls."""
+        tokens = copy.copy(self)
+        tokens.inputs = inputs
+        return tokens
 
     def watch(self, model: Any) -> None:
         """See each call of the tower from now on."""
-        hf_model = hf_model_of(model)
-        module: Any = self.tower.module(hf_model)
-        self._hf_model = hf_model
-        signature = inspect.signature(plain(module).forward)
-
-        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._arguments = signature.bind(*args, **kwargs).arguments
-            self._there = None
-
-        self.handles.append(module.register_forward_pre_hook(ContextHook(see), with_kwargs=True))
+        self._hf_model = hf_model_of(model)
+        # Until the next call, as what comes after the tower has its rows too.
+        self.inputs.watch_calls(self.tower.module(self._hf_model))
 
     def chosen(self) -> None:
         """In a tower every row is ablated."""
 
     def lowest(self, x: Float[Tensor, "*row neuron"]) -> Float[Tensor, "*row 1"]:
         """The smallest X of the image, video or clip that each row belongs to."""
-        if self._arguments is None:
+        running = self.inputs.running
+        if running is None:
             raise ValueError(
                 f"value='min' needs to see the {self.tower.name} tower called as a whole, to know "
                 "which rows are one image, video or clip. Call the model or the whole tower, or "
                 "give another value."
             )
-        if self._there is None:
-            # Once a call, not in every layer.
-            rows = self.tower.rows(self._hf_model, self._arguments, x.shape)
-            self._there = rows.items.to(x.device), rows.real.to(x.device)
-            self._count = int(rows.items[-1]) + 1
-        items, real = (tensor.to(x.device) for tensor in self._there)
+        # Once a call, not in every layer.
+        items, real, count = running.once(self, lambda: self._rows(running, x))
+        items, real = items.to(x.device), real.to(x.device)
         by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
-        by_item = by_row.new_full((self._count,), torch.inf)
+        by_item = by_row.new_full((count,), torch.inf)
         by_item.scatter_reduce_(0, items, by_row, "amin")
+        by_item = by_item.masked_fill(by_item == torch.inf, 0)  # an item of padding alone
         return by_item[items].view(*x.shape[:-1], 1)
+
+    def _rows(self, running: ForwardPass, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        rows = self.tower.rows(self._hf_model, running.calls[0].arguments, x.shape)
+        return rows.items.to(x.device), rows.real.to(x.device), int(rows.items[-1]) + 1
 
 
 def tokens_of(model: Any, write: Write) -> Tokens | TowerRows:

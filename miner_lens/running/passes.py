@@ -224,8 +224,8 @@ def forward(
     towers = [one.tower.module(hf_model) for site, one in batch.towers.items() if site in wanted]
     grad = torch.no_grad() if objective is None else differentiable(hf_model, towers)
     try:
-        with grad, model.hooks(fwd_hooks=hooks), last_logits(hf_model, count) as options:
-            output = hf_model(**batch.inputs, use_cache=False, **options)
+        with grad, model.hooks(fwd_hooks=hooks), last_logits(hf_model, count):
+            output = hf_model(**batch.inputs, use_cache=False)
     except SampleError:
         raise
     except ValueError as error:

@@ -101,7 +101,9 @@ def test_attended_in_a_tower(site: str) -> None:
 
 def test_without_attention_nothing_of_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose queries and keys no hook hands out is mined all the same."""
-    monkeypatch.setattr(attention, "_rotated", lambda module, query, key, *_: (None, query, key))
+    monkeypatch.setattr(
+        attention, "_hooked", lambda _, function, __, *given, **named: function(*given, **named)
+    )
     bridge, inputs = ml.wrap(towers.vision_model()), towers.vision_inputs()
     case = (bridge, inputs, masks_of(bridge, inputs))
     for metrics in (kernels.METRICS, ("attended",)):

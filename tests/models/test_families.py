@@ -1,4 +1,4 @@
-"""Seventeen families of models, each read off itself and held against plain Hugging Face."""
+"""Eighteen families of models, each read off itself and held against plain Hugging Face."""
 
 from __future__ import annotations
 

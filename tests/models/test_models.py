@@ -540,7 +540,7 @@ def test_attention_setting_comes_back_after_an_error(tiny: Any) -> None:
     tiny.original_model.set_attn_implementation("eager")
     fused = attention.fused(tiny)
     with pytest.raises(RuntimeError), fused:  # noqa: PT012
-        assert config._attn_implementation == "hooked_sdpa"
+        assert config._attn_implementation == "sdpa"
         raise RuntimeError
     assert config._attn_implementation == "eager"
 

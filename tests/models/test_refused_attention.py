@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -35,6 +36,22 @@ def glm_dsa() -> Any:
     return build("GlmMoeDsaForCausalLM", **TEXT | ranks | index | more)
 
 
+def linear(name: str) -> Any:
+    """Every other layer has linear attention, without queries and keys that are multiplied."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    return build(name, **TEXT | kinds | heads | sizes)
+
+
+def qwen3_5() -> Any:
+    return linear("Qwen3_5ForCausalLM")
+
+
+def olmo_hybrid() -> Any:
+    return linear("OlmoHybridForCausalLM")
+
+
 def means_of(model: Any) -> Tensor:
     """The mean of X of each layer, [layer neuron], in the plain model."""
     seen: list[Tensor] = []
@@ -50,10 +67,11 @@ def means_of(model: Any) -> Tensor:
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("make", [hunyuan, glm_dsa])
+@pytest.mark.parametrize("make", [hunyuan, glm_dsa, qwen3_5, olmo_hybrid])
 def test_queries_and_keys_as_multiplied_are_out_of_reach(make: Any) -> None:
     model = make()
     before, means = logits(model, IDS), means_of(model)
+    untouched = copy.deepcopy(model)
     bridge = ml.wrap(model)
     torch.testing.assert_close(logits(bridge, IDS), before, atol=1e-5, rtol=0)
     for metrics in (("attn_k",), ("attn_q",), ("attended",)):
@@ -62,7 +80,15 @@ def test_queries_and_keys_as_multiplied_are_out_of_reach(make: Any) -> None:
     scores = ml.mine(bridge, TEXTS, metrics=WITHOUT_ATTENTION, progress=False)
     assert scores.means is not None
     torch.testing.assert_close(scores.means[0], means, atol=1e-5, rtol=0)
-    assert "missing: llm: queries and keys after RoPE cannot be read" in str(describe(bridge))
+    assert "missing: llm: queries and keys after RoPE cannot be read (layer" in str(
+        describe(bridge)
+    )
+    neurons = ml.NeuronSet([(0, 3), (1, 5)], layers=len(means), neurons=means.shape[1])
+    for layer, neuron in ((0, 3), (1, 5)):
+        untouched.model.layers[layer].mlp.down_proj.weight.data[:, neuron] = 0
+    with ml.ablate(bridge, neurons):
+        off = logits(bridge, IDS)
+    torch.testing.assert_close(off, logits(untouched, IDS), atol=1e-5, rtol=0)
 
 
 def test_the_pattern_of_sinks_is_not_a_plain_softmax() -> None:

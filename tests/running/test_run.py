@@ -244,8 +244,8 @@ def test_eager_bridges_are_mined_fused_and_stay_eager(samples: list[ml.Sample]) 
     hook = ("blocks.0.attn.hook_rot_q", lambda q, hook: seen.append(config._attn_implementation))
     with bridge.hooks(fwd_hooks=[hook]):
         scores = mine(bridge, samples[:1])
-    assert seen == ["hooked_sdpa"]
-    assert config._attn_implementation == before == "hooked_eager"
+    assert seen == ["sdpa"]
+    assert config._attn_implementation == before == "eager"
     close(scores, mine(ml.load("shapes", device="cpu"), samples[:1]))
 
 
