@@ -21,7 +21,7 @@ from miner_lens.models.attention import (
     unreadable,
 )
 from miner_lens.running.batch import Batch, TowerBatch
-from miner_lens.running.hooks import OUTSIDE, Hook, Running
+from miner_lens.running.hooks import OUTSIDE, Hook, Running, require_positions
 from miner_lens.scoring import kernels
 
 T = TypeVar("T")
@@ -182,7 +182,9 @@ class AttentionSums:
 
     def _see_query(self, layer: int, running: Running, query: Tensor, hook: Any) -> None:
         if (batch := running()) is not None:
-            self.kept(batch)["query"] = _heads_first(query, hook)
+            query = _heads_first(query, hook)
+            require_positions(query, f"Attention of layer {layer}", batch, (2,))
+            self.kept(batch)["query"] = query
 
     def _see_key(
         self, layer: int, attention: Any, running: Running, key: Tensor, hook: Any

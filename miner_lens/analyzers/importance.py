@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miner_lens.analyzers.attention_sums import AttentionSums, ReceivedAttention
+from miner_lens.installed import versions
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
@@ -225,13 +224,3 @@ def _checked(metrics: Sequence[str]) -> tuple[str, ...]:
     if len(set(metrics)) < len(metrics):
         raise ValueError(f"A metric is named twice: {', '.join(metrics)}.")
     return metrics
-
-
-# Looked up in files, and asked for by each run.
-_version = cache(importlib.metadata.version)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that scores depend on."""
-    packages = ("miner-lens", "transformer-lens", "transformers", "torch")
-    return {package: _version(package) for package in packages}

@@ -118,8 +118,11 @@ def ablation_hooks(
     layers = mlps(model, write.site)
     write.check(layers)
     hooks: list[Hook] = []
+    description = write.described()
     for layer, target in write.targets(layers, hf_model).items():
-        hooks.append((place.activation_point(layer), _point_hook(hf_model, write, tokens, target)))
+        hook = _point_hook(hf_model, write, tokens, target)
+        vars(hook)["description"] = description  # by which a checkpoint tells it from others
+        hooks.append((place.activation_point(layer), hook))
     return hooks
 
 

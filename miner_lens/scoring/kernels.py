@@ -9,17 +9,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce, wraps
+from functools import reduce
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+from miner_lens.models.precision import full_precision
 
 METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
 # MINER's five, and what is scored only where it is asked for.
@@ -64,22 +62,7 @@ class Segments:
         return first, self.stops[bisect_right(self.stops, stop - 1)]
 
 
-def _exact(kernel: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Have a kernel compute in fp32 also where the model runs under autocast."""
-
-    @wraps(kernel)
-    def exact(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device = first.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return kernel(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return kernel(*args, **kwargs)
-
-    return exact
-
-
-@_exact
+@full_precision()
 def head_mean_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -247,7 +230,7 @@ def lets_see(attention_mask: Tensor, seen: Bool[Tensor, "*#shape"]) -> Bool[Tens
     return torch.where(seen, attention_mask == 0, attention_mask <= lowest)
 
 
-@_exact
+@full_precision()
 def attention_sums(
     attention: Float[Tensor, "batch query key"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch direction modality pos"]:
@@ -274,7 +257,7 @@ def attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
-@_exact
+@full_precision()
 def fused_attention_sums(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -334,7 +317,7 @@ def fused_attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
-@_exact
+@full_precision()
 def received_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -376,7 +359,7 @@ def received_attention(
     return received * real
 
 
-@_exact
+@full_precision()
 def largest_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -407,7 +390,7 @@ def largest_attention(
     return largest
 
 
-@_exact
+@full_precision()
 def attended_weights(
     received: Float[Tensor, "batch pos"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch 1 modality pos"]:
@@ -423,7 +406,7 @@ def attended_weights(
     return (inside / inside.sum(-1, keepdim=True).clamp(min=least))[:, None]
 
 
-@_exact
+@full_precision()
 def statistics(
     x: Float[Tensor, "batch pos neuron"],
     sums: Float[Tensor, "batch direction modality pos"],
