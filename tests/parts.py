@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
+from transformers import PretrainedConfig
+
+from miner_lens.models.modality import MEDIA, ModalityLayout
 from tests.families import (
     Made,
     gemma3,
@@ -221,3 +225,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family(llama, {"llm": replace(LLM, layers="model.layers")}),
 }
+
+
+def reader_of(processor: Any) -> Any:
+    """Return the stand-in for a model of which nothing but its processor is used."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in MEDIA}
+    media = {
+        kind: tokenizer.convert_tokens_to_ids(str(token)) for kind, token in tokens.items() if token
+    }
+    layout = ModalityLayout(media, frozenset())
+    return SimpleNamespace(processor=processor, modality_layout=layout, config=PretrainedConfig())

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor, nn
 
 from miner_lens.models import experts
-from miner_lens.models.forward_pass import Call, ForwardPass
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import layout_for
+from miner_lens.models.pass_inputs import PassInputs, watching
 from miner_lens.models.structure import (
     ACTIVATION_NAMES,
-    decoder_of,
     mlp_names,
     part,
     plain,
     walk,
-    way_to_decoder,
 )
 from miner_lens.models.unchanged import CHANGED, NOT_COMPARED, difference, short_logits
 
@@ -40,9 +34,6 @@ UNKNOWN = (
     "it in the entry-point group 'transformer_lens.architectures'; see "
     "docs/adding-a-model-family.md."
 )
-
-# The argument by which a model is told of how many positions logits are wanted.
-KEEP = "logits_to_keep"
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
 # attention function before, and the name after.
@@ -184,7 +175,7 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
             config._attn_implementation = before
     for block in bridge.blocks:
         experts.uninstall(block._modules.get("mlp"))
-    for seen in _watching(hf_model):
+    for seen in watching(hf_model):
         seen.stop()
     for path, name in _added.pop(hf_model, ()):
         vars(part(hf_model, path)).pop(name, None)
@@ -246,7 +237,7 @@ def prepare(bridge: Any) -> Any:
     from miner_lens.models import attention
 
     hf_model = hf_model_of(bridge)
-    if _watching(hf_model):
+    if watching(hf_model):
         attention.install(bridge)
         return bridge
     from miner_lens.models.opening import open_towers
@@ -266,7 +257,7 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs().watch(hf_model)
+    PassInputs(of_bridge=True).watch(hf_model)
     return bridge
 
 
@@ -275,117 +266,6 @@ def _name_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if "cache" in kwargs and "past_key_values" not in kwargs:
         kwargs = kwargs | {"past_key_values": kwargs["cache"]}
     return args, kwargs
-
-
-def pass_inputs(bridge: Any) -> PassInputs:
-    """The inputs of the forward pass that a bridge is running; `prepare` has it watched."""
-    (seen,) = _watching(hf_model_of(bridge))
-    return seen
-
-
-def _watching(hf_model: Any) -> list[PassInputs]:
-    # Found by its hooks, which a deep copy of the model has copies of.
-    owners = (getattr(hook, "__self__", None) for hook in hf_model._forward_pre_hooks.values())
-    return [owner for owner in owners if type(owner) is PassInputs]
-
-
-def _keep_all(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward pre-hook of a decoder that would compute its last layers at few positions.
-
-    Those are the ones whose logits are wanted; the model's head is shown no more than them anyhow.
-    """
-    return args, {name: value for name, value in kwargs.items() if name != KEEP}
-
-
-class PassInputs:
-    """The inputs of the forward pass that is running, its token ids and its padding mask.
-
-    A pass begins where the model is called, or a module in it that has its decoder in it.
-    """
-
-    def __init__(self) -> None:
-        self.handles: list[Any] = []
-        # By thread, with the modules that are being called.
-        self._running: dict[int, tuple[ForwardPass, list[Any]]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # No pass of a copy is running.
-        return vars(self) | {"_running": {}}
-
-    @property
-    def running(self) -> ForwardPass | None:
-        """The pass, or None where none is running."""
-        return self._running.get(get_ident(), (None,))[0]
-
-    @property
-    def ids(self) -> Tensor | None:
-        """The token ids; None where there are none."""
-        return None if self.running is None else self.running.ids
-
-    @property
-    def real(self) -> Tensor | None:
-        """Which tokens are no padding; None where all are real. See `ForwardPass.real`."""
-        return None if self.running is None else self.running.real
-
-    @property
-    def all(self) -> dict[str, Any]:
-        """What the outermost call was given, by name."""
-        running = self.running
-        return {} if running is None else running.calls[0].arguments | {"input_ids": running.ids}
-
-    def watch(self, model: Any, way: Sequence[nn.Module] = ()) -> None:
-        """See each forward pass of a model from now on.
-
-        Args:
-            model: The model.
-            way: Its `way_to_decoder`, where that has been looked up.
-        """
-        for module in way or way_to_decoder(hf_model_of(model)):
-            self.watch_calls(module)
-            self.handles.append(module.register_forward_hook(self.forget, always_call=True))
-        decoder = decoder_of(hf_model_of(model))
-        if KEEP in inspect.signature(decoder.forward).parameters:
-            self.handles.append(decoder.register_forward_pre_hook(_keep_all, with_kwargs=True))
-
-    def watch_calls(self, module: nn.Module) -> None:
-        """See each call of a module from now on, and take it for running until the next one."""
-        self.handles.append(module.register_forward_pre_hook(self.see, with_kwargs=True))
-
-    def stop(self) -> None:
-        """See no more passes."""
-        while self.handles:
-            self.handles.pop().remove()
-
-    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of a module that has the decoder in it, or of the decoder."""
-        running, called = self._running.get(get_ident(), (None, []))
-        # One that is called already was interrupted, and so is the pass.
-        if running is None or any(one is module for one in called):
-            running, called = ForwardPass(), []
-            self._running[get_ident()] = running, called
-        running.calls.append(Call.of(module, args, kwargs))
-        called.append(module)
-
-    def forget(self, module: Any, *_: Any) -> None:
-        """A forward hook of such a module: what was seen is of no later pass."""
-        _, called = self._running.get(get_ident(), (None, []))
-        while any(one is module for one in called):
-            called.pop()
-        if not called:
-            self._running.pop(get_ident(), None)
-
-    @contextmanager
-    def again(self, running: ForwardPass | None) -> Iterator[None]:
-        """A pass that is over is running once more, as a part of it is computed again."""
-        former = self._running.pop(get_ident(), None)
-        if running is not None:
-            self._running[get_ident()] = running, []
-        try:
-            yield
-        finally:
-            self._running.pop(get_ident(), None)
-            if former is not None:
-                self._running[get_ident()] = former
 
 
 def _attach_activation(mlp: Any) -> bool:

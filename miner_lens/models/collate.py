@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,17 @@ def collate(apart: Sequence[Inputs], pad: int) -> Inputs:
             ]
         together[name] = torch.cat(values)
     return together
+
+
+def brings_media(inputs: Mapping[str, Any]) -> bool:
+    """Return True if there are media, or what an encoder made of them, among model inputs."""
+    return any(
+        value.is_floating_point() if isinstance(value, Tensor) else bool(value)
+        for name, value in inputs.items()
+        if name not in ("attention_mask", "inputs_embeds")
+        and isinstance(value, Tensor | Mapping | Sequence)
+        and not isinstance(value, str)
+    )
 
 
 def masked(inputs: Inputs) -> Inputs:

@@ -52,7 +52,7 @@ class Call:
     @classmethod
     def of(cls, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call that a forward pre-hook sees."""
-        names = _names(type(plain(module)))
+        names = _names(type(plain(module)).forward)
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         arguments = {name: given[name] for name in names if name in given} | given
         past = _past(arguments)
@@ -61,9 +61,9 @@ class Call:
 
 
 @cache
-def _names(module: type) -> tuple[str, ...]:
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of what a kind of module takes by position."""
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 

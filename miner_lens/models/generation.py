@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from miner_lens.models.rendering import (
     require_media,
     require_parts,
     require_texts,
+    spelled_out,
 )
 
 # What in a generation config leaves greedy decoding the choice of the most probable token.
@@ -92,15 +93,20 @@ def render(
     media = media_of(model)
     with _rendering:
         opened = [load_media(m, processor, **processor_kwargs) for m in conversations]
-        spelled = placeholders(processor, media or {})
         for messages, parts in zip(conversations, opened, strict=True):
-            require_parts(messages, parts, spelled)
+            require_parts(messages, parts)
+        marks = placeholders(processor, media or {})
+        spelled = next(filter(None, (spelled_out(messages, marks) for messages in opened)), "")
         try:
-            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs)
+            inputs = _encode(processor, opened, add_generation_prompt, processor_kwargs, marks)
         except SampleError:
             raise
         except REFUSALS as error:
-            raise SampleError(f"The processor cannot read this conversation: {error}") from error
+            raise SampleError(
+                f"The processor cannot read this conversation: {error} {spelled}".strip()
+            ) from error
+        if spelled:
+            raise SampleError(spelled)
     require_media(opened, inputs, media)
     return inputs
 
@@ -110,6 +116,7 @@ def _encode(
     opened: Sequence[Any],
     add_generation_prompt: bool,
     processor_kwargs: Mapping[str, Any],
+    placeholders: Collection[str],
 ) -> Inputs:
     """Return model inputs of conversations, of whose texts and media a template leaves none out."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -121,7 +128,7 @@ def _encode(
             add_generation_prompt=add_generation_prompt,
         )
         source = str(processor.chat_template)
-        opened = [fit_template(template, messages, source) for messages in opened]
+        opened = [fit_template(template, messages, source, placeholders) for messages in opened]
     if tokenizer is processor:
         return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
     # Where padding would not be told from tokens, it is of ours.

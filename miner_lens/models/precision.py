@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
@@ -16,8 +15,7 @@ _DEVICES = [
     if torch.amp.is_autocast_available(device)
 ]
 # Where torch multiplies float32 in TF32 or bfloat16 if it is told so.
-_backends: Any = torch.backends  # some of its names are not typed
-_PRODUCTS = (_backends.cuda.matmul, _backends.mkldnn.matmul)
+_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 _FULL = ("none", "ieee")
 _KEY = "full precision of products"
 

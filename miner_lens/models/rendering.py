@@ -9,10 +9,10 @@ from itertools import product
 from typing import Any
 
 from jinja2 import TemplateError
-from torch import Tensor
 
 from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.access import layout
+from miner_lens.models.collate import brings_media
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.modality import MEDIA
 
@@ -41,19 +41,15 @@ def placeholders(processor: Any, media: Mapping[str, int]) -> set[str]:
     return {*of_processor, *tokenizer.convert_ids_to_tokens(list(media.values()))}
 
 
-def require_parts(
-    messages: Sequence[Message], opened: Sequence[Message], placeholders: Collection[str]
-) -> None:
-    """Refuse parts that nobody reads wholly, and texts that pass for a medium.
+def require_parts(messages: Sequence[Message], opened: Sequence[Message]) -> None:
+    """Refuse parts that nobody reads, or not wholly.
 
     Args:
         messages: A conversation.
         opened: The same conversation with its media opened.
-        placeholders: What stands for a medium in a text.
 
     Raises:
-        SampleError: A part is neither text nor a medium, or has contents of two kinds; or a text is
-            no string, or has a placeholder.
+        SampleError: A part is neither text nor a medium, or has contents of two kinds.
     """
     for message, original in zip(opened, messages, strict=True):
         for part, before in zip(_parts(message), _parts(original), strict=True):
@@ -72,16 +68,27 @@ def require_parts(
                     f"A part of type {before['type']!r} has {second[0]!r} as well, which would not "
                     "be read. Make each a part of its own."
                 )
+
+
+def spelled_out(messages: Sequence[Message], placeholders: Collection[str]) -> str:
+    """Return what is wrong with a text that has a placeholder of a medium, or nothing."""
+    for message in messages:
         for text, placeholder in product(_texts(message), placeholders):
             if placeholder in text:
-                raise SampleError(
+                return (
                     f"A text of the {message['role']} message spells out {placeholder!r}, which "
-                    "stands for a medium. Take it out of the text, and make the medium a part of "
+                    "stands for a medium. Take it out of the text, and make each medium a part of "
                     "its own: {'type': 'image', 'image': ...}."
                 )
+    return ""
 
 
-def fit_template(template: Template, messages: Sequence[Message], source: str = "") -> Conversation:
+def fit_template(
+    template: Template,
+    messages: Sequence[Message],
+    source: str = "",
+    placeholders: Collection[str] = (),
+) -> Conversation:
     """Return a conversation in the form that a chat template takes, nothing of it left out.
 
     A content that is a string becomes a list of parts where the template goes through parts; a
@@ -91,6 +98,7 @@ def fit_template(template: Template, messages: Sequence[Message], source: str = 
         template: A function that renders a conversation to text.
         messages: A conversation with its media opened.
         source: The chat template itself.
+        placeholders: What stands for a medium in a text.
 
     Raises:
         SampleError: The template leaves out a text or a medium.
@@ -98,7 +106,10 @@ def fit_template(template: Template, messages: Sequence[Message], source: str = 
     messages = _taken(template, messages)
     probed, probes = _probed(messages)
     text = template(probed)
-    for at, part in _media(probed):
+    media = list(_media(probed))
+    if sum(map(text.count, placeholders)) >= len(media):
+        media = []  # a template may write a placeholder without looking at the part
+    for at, part in media:
         parts = [other for other in probed[at]["content"] if other is not part]
         without = [*probed[:at], {**probed[at], "content": parts}, *probed[at + 1 :]]
         if _squeezed(_attempt(template, without)) == _squeezed(text):
@@ -192,17 +203,6 @@ def require_media(
                 "no such medium. Give each medium as a part of its own: "
                 "{'type': 'image', 'image': ...}."
             )
-
-
-def brings_media(inputs: Mapping[str, Any]) -> bool:
-    """Return True if there are media, or what an encoder made of them, among model inputs."""
-    return any(
-        value.is_floating_point() if isinstance(value, Tensor) else bool(value)
-        for name, value in inputs.items()
-        if name not in ("attention_mask", "inputs_embeds")
-        and isinstance(value, Tensor | Mapping | Sequence)
-        and not isinstance(value, str)
-    )
 
 
 def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
@@ -318,8 +318,9 @@ def _media(messages: Sequence[Message]) -> Iterator[tuple[int, Any]]:
         yield from ((at, part) for part in _parts(message) if part["type"] in MEDIA)
 
 
-def _squeezed(text: str | None) -> str | None:
-    return None if text is None else "".join(text.split()).casefold()
+def _squeezed(text: str | None) -> str:
+    """Return a text without space and case; what a template refuses is empty."""
+    return "" if text is None else "".join(text.split()).casefold()
 
 
 def _left_out(what: str, message: Message) -> str:

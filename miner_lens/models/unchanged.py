@@ -100,13 +100,11 @@ def _undisturbed(hf_model: Any, parameters: list[Tensor]) -> Iterator[None]:
         {name: value for name, value in vars(module).items() if _is_left(value)}
         for module in modules
     ]
-    accelerators = {p.device for p in parameters if p.device.type != "cpu"}
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
     with ExitStack() as open_:
         open_.enter_context(torch.no_grad())
         open_.enter_context(uncompiled())
-        kind = next((device.type for device in accelerators), "cuda")
-        numbers = [device.index for device in accelerators]
-        open_.enter_context(torch.random.fork_rng(numbers, device_type=kind))
+        open_.enter_context(torch.random.fork_rng(list(devices)))
         for module in training:
             module.training = False
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miner_lens.models import sites
 from miner_lens.models.access import identity, mlps
-from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
+from miner_lens.models.bridge import prepare
 from miner_lens.models.checkpointing import is_checkpointed
 from miner_lens.models.experts import passing
 from miner_lens.models.inside import (
@@ -25,6 +25,7 @@ from miner_lens.models.inside import (
     is_compiled,
     uncompiled,
 )
+from miner_lens.models.pass_inputs import PassInputs, pass_inputs
 from miner_lens.models.sites import Tower
 from miner_lens.neurons.active import noted
 from miner_lens.neurons.context_hooks import ContextHooks
@@ -49,7 +50,9 @@ def ablate(
     projection. Contexts nest, the inner one on top of the outer; hooks, caches and generation
     inside see the ablated model, and `reset_hooks()` does not end it. A copy of the model that is
     made meanwhile is intact. Afterwards the model computes what it computed before, bit for bit,
-    also after an exception. A warning says so where the model ran and nothing was written.
+    also after an exception; contexts may be closed in any order and thread. What gradient
+    checkpointing computes again for a later backward pass is ablated as it was. A warning says so
+    where the model ran and nothing was written.
 
     Args:
         model: A `TransformerBridge` or a plain Hugging Face model, also inside torch.compile,
@@ -67,7 +70,8 @@ def ablate(
     Raises:
         ValueError: The neurons are another model's, carry no means for `"mean"` or several, or are
             experts' and it is asked for, the model has no such modality, or its weights are on the
-            meta device and not offloaded.
+            meta device and not offloaded. In a pass: it does not say which tokens are real, or of
+            which modality, and that matters.
 
     Example:
         with ml.ablate(model, msns["image"]):

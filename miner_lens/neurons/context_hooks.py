@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from miner_lens.models.bridge import PassInputs
 from miner_lens.models.checkpointing import applies, checkpointed
 from miner_lens.models.forward_pass import ForwardPass
 from miner_lens.models.holders import held
 from miner_lens.models.hook import ContextHook, do_nothing
+from miner_lens.models.pass_inputs import PassInputs
 
 
 class ContextHooks:
@@ -86,7 +86,7 @@ class ContextHooks:
         """The hooks where they were, among those that others have registered."""
         removed = [one for one in self._written if one[2].id not in one[0]._forward_hooks]
         for module, hook, handle in removed:
-            hooks = module._forward_hooks
+            hooks: Any = module._forward_hooks  # ordered
             later = [key for key in hooks if key > handle.id]
             hooks[handle.id] = hook
             for key in later:

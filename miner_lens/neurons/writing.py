@@ -14,12 +14,12 @@ from torch import Tensor
 from miner_lens.data.signature import described
 from miner_lens.models import sites
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import PassInputs
 from miner_lens.models.devices import offloaded_weights
 from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.forward_pass import ForwardPass
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.modality import Masks
+from miner_lens.models.pass_inputs import PassInputs
 from miner_lens.models.sites import Tower
 from miner_lens.models.structure import MLP, way_to_decoder
 from miner_lens.neurons.neuron_set import NeuronSet

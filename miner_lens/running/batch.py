@@ -13,9 +13,9 @@ from torch import Tensor
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models import sites
-from miner_lens.models.bridge import PassInputs
 from miner_lens.models.generation import Inputs
 from miner_lens.models.modality import Masks, parts_of
+from miner_lens.models.pass_inputs import PassInputs
 from miner_lens.models.sites import Call, Tower
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ class Batch:
 
 
 def prompt_of(inputs: Inputs, tails: Sequence[int] = ()) -> Bool[Tensor, "batch pos"]:
-    """The real tokens of prompts, padded on the left, with so many tokens after them."""
+    """Return which tokens are of prompts, which are padded on the left and may have tails."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = (torch.ones_like(ids) if mask is None else mask).to(torch.bool, copy=True)
     for row, tail in zip(real, tails, strict=False):

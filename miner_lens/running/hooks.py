@@ -12,9 +12,10 @@ from torch import Tensor
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import pass_inputs, prepare
+from miner_lens.models.bridge import prepare
 from miner_lens.models.forward import is_aside
 from miner_lens.models.forward_pass import past_length
+from miner_lens.models.pass_inputs import pass_inputs
 from miner_lens.models.points import Point
 from miner_lens.models.precision import full_precision
 from miner_lens.running.batch import Batch

@@ -22,6 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import miner_lens as ml
+from miner_lens.analyzers import attention_sums
 from miner_lens.analyzers.importance import ImportanceAnalyzer
 from miner_lens.models import access as models
 from miner_lens.models import sites
@@ -129,6 +130,8 @@ def moved(batch: Batch, site: str, mode: FakeTensorMode, devices: tuple[str, ...
         elif isinstance(key, tuple) and key[0] == "segments":
             for gpu in devices:
                 there._made[*key[:-1], torch.device(gpu)] = on_gpu(made, mode, gpu)
+        elif isinstance(key, tuple) and isinstance(key[0], tuple):
+            there._made[key] = made  # what was read off a mask, once a pass
         elif isinstance(key, tuple) and key[0] == "view":
             for gpu in devices:
                 view = replace(made, masks=on_gpu(made.masks, mode, gpu), whole=there)
@@ -153,8 +156,14 @@ def test_no_layer_waits_for_a_device(
         analyzer.open(batch, model.original_model)
     running = [batch]
     hooks = pass_hooks(analyzers, model, lambda: running[0])
+    calls: list[Any] = []
+    call_of = attention_sums.call_of
+    monkeypatch.setattr(
+        attention_sums, "call_of", lambda one: calls.append(call_of(one)) or calls[-1]
+    )
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         model.original_model(**batch.inputs)
+    monkeypatch.setattr(attention_sums, "call_of", lambda _: calls.pop(0))
     passing = record(model, batch, list(dict.fromkeys(name for name, _ in hooks)))
     with pretending() as (mode, copies):
         running[0] = moved(batch, site, mode, devices)

@@ -33,7 +33,6 @@ REBUILT = {
     "qwen2_5_vl",
     "qwen3_vl",
     "gemma3",
-    "gemma4",
     "mistral3",
     "llama",
 }

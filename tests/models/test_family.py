@@ -67,8 +67,8 @@ def test_a_layout_with_another_placeholder(plain: Any, monkeypatch: pytest.Monke
 def test_an_adapter_that_changes_the_model(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wrap = bridges.wrap
 
-    def wrong(model: Any, processor: Any) -> Any:
-        bridge = wrap(model, processor)
+    def wrong(model: Any, processor: Any, **options: Any) -> Any:
+        bridge = wrap(model, processor, **options)
         norm = bridge.blocks[1].ln1.original_component
         norm.register_forward_hook(lambda _, args, output: output * 1.5)
         return bridge

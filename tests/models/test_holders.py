@@ -178,10 +178,12 @@ def test_experts_of_a_model_that_is_wrapped_and_unwrapped_inside() -> None:
     model, _ = mixtral()
     neurons = ml.NeuronSet.of([(0, 1), (1, 5)], model)
     intact = logits(model)
-    with ml.ablate(model, neurons):
+    with ml.ablate(model, neurons, "min"), ml.ablate(model, neurons):
         wanted = logits(model)
         bridge = ml.wrap(model)
         torch.testing.assert_close(logits(model), wanted)
+    _, cache = bridge.run_with_cache(IDS)
+    assert "blocks.1.mlp.act.hook_out" in cache
     with ml.ablate(bridge, neurons):
         torch.testing.assert_close(logits(model), wanted)
         ml.unwrap(bridge)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.models.test_messages import (
     qwen2_5_vl,
     qwen3_vl,
 )
+from tests.parts import reader_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
 
@@ -44,7 +44,7 @@ FRAMES = [Image.fromarray(frame[:16, :16]) for frame in NOISE]
 def model(make: Callable[[], Any], image: str = "<start><image><end>") -> Any:
     processor = make()
     processor.chat_template = TEMPLATE.replace("IMAGE", image)
-    return SimpleNamespace(processor=processor)
+    return reader_of(processor)
 
 
 def ask(*parts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ def test_text_and_media_in_one_batch(tmp_path: Path) -> None:
 def test_text_models_take_options_of_their_tokenizer() -> None:
     tokenizer = qwen2_5_vl().tokenizer
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    reads = SimpleNamespace(processor=tokenizer)
+    reads = reader_of(tokenizer)
     messages = [{"role": "user", "content": "what is it?"}]
     whole, cut = (
         generation.render(reads, [messages], **told)["input_ids"]

@@ -31,6 +31,7 @@ from miner_lens.data.media import load_sound
 from miner_lens.models import generation
 from tests.families import build, text
 from tests.models.test_messages import tokenizer
+from tests.parts import reader_of
 from tests.towers import AUDIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
@@ -94,7 +95,7 @@ MADE: dict[str, tuple[Any, int | None, dict[str, Any]]] = {
 def model(make: Any) -> Any:
     processor = make()
     processor.chat_template = TEMPLATE
-    return SimpleNamespace(processor=processor)
+    return reader_of(processor)
 
 
 def tone(seconds: float) -> np.ndarray:

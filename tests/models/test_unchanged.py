@@ -11,12 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -28,7 +23,7 @@ from tests.families import build
 from tests.models.test_families import logits, pattern
 from tests.models.test_inside import llama_model, shape_of
 from tests.scoring.test_kernels import twin
-from tests.towers import TEXT, vision_inputs, vision_model
+from tests.towers import IMAGE, TEXT, vision_inputs, vision_model
 
 IDS = {"input_ids": torch.arange(3, 19)[None]}
 
@@ -159,7 +154,7 @@ def paligemma2() -> families.Made:
         "PaliGemmaForConditionalGeneration",
         text_config=families.text("gemma2", **capped),
         vision_config=families.SIGLIP | {"projection_dim": 32},
-        image_token_id=families.IMAGE,
+        image_token_id=IMAGE,
         projection_dim=32,
         hidden_size=32,
     )
@@ -265,16 +260,27 @@ def test_what_cannot_be_compared_is_wrapped_with_a_reason() -> None:
         ml.wrap(querying, check=False)
 
 
+def test_offloaded_weights_are_not_fetched() -> None:
+    from accelerate import cpu_offload
+
+    model = llama_model()
+    expected = logits(model, IDS)
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="not compared.*offloaded"):
+        bridge = ml.wrap(model)
+    torch.testing.assert_close(logits(bridge, IDS), expected, atol=1e-5, rtol=0)
+
+
+def test_loading_compares_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miner_lens.models.bridge.difference", lambda before, after: (0.5, 0.0))
+    with pytest.raises(ValueError, match="differ by 50"):
+        ml.load("shapes", device="cpu")
+    ml.load("shapes", device="cpu", check=False)
+
+
 def test_encoder_decoders_run_on_tokens() -> None:
-    sizes = {
-        "vocab_size": 50,
-        "d_model": 16,
-        "d_kv": 4,
-        "d_ff": 24,
-        "num_layers": 1,
-        "num_heads": 4,
-    }
-    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1}
+    model = build("T5ForConditionalGeneration", **sizes, num_heads=4)
     found = short_logits(model)
     assert isinstance(found, Tensor)
     assert found.shape[-1] == 50
@@ -283,4 +289,5 @@ def test_encoder_decoders_run_on_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rounding_is_no_difference(dtype: torch.dtype) -> None:
     """TransformerLens computes this one's attention, in float32 within."""
-    assert ml.wrap(llama_model().to(dtype)) is not None
+    model: Any = llama_model()
+    assert ml.wrap(model.to(dtype)) is not None
