@@ -47,8 +47,8 @@ UNKNOWN = (
 KEEP = "logits_to_keep"
 
 BLANKS = (
-    "These tokens have placeholders of media, but this pass brings no media, so the model reads the "
-    "placeholders themselves. Pass all inputs, model(**ml.inputs(model, messages)), or open "
+    "These tokens have placeholders of media, but this pass brings no media, so the model reads "
+    "the placeholders themselves. Pass all inputs, model(**ml.inputs(model, messages)), or open "
     "ml.bind(model, inputs) around tools that pass tokens alone."
 )
 

@@ -105,7 +105,7 @@ class Batch:
 
 
 def prompt_of(inputs: Inputs, tails: Sequence[int] = ()) -> Bool[Tensor, "batch pos"]:
-    """The real tokens of prompts, which are padded on the left and may have so many tokens after."""
+    """The real tokens of prompts, padded on the left, which may have so many tokens after them."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = (torch.ones_like(ids) if mask is None else mask).to(torch.bool, copy=True)
     for row, tail in zip(real, tails, strict=False):
