@@ -330,6 +330,7 @@ def _media(messages: Sequence[Message]) -> Iterator[tuple[int, Any]]:
 
 
 def _squeezed(text: str) -> str:
+    """Return a text without space and case."""
     return "".join(text.split()).casefold()
 
 
