@@ -60,7 +60,9 @@ class DomainAnalyzer(Analyzer[DomainCounts]):
                     (part > 0).float(),
                     "sample domain pos, sample pos neuron -> domain neuron",
                 ).long()
-                for some, part in zip(chosen.split(step, 2), x.split(step, 1), strict=True)
+                for some, part in zip(
+                    torch.split(chosen, step, 2), torch.split(x, step, 1), strict=True
+                )
             ]
         ).sum(0)
         tokens = chosen.sum((0, 2))

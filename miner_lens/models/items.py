@@ -324,7 +324,7 @@ def rows_of_tokens(placeholders: Sequence[int]) -> tuple[Rows, tuple[int, ...]]:
 def _whole(tokens: Tensor) -> list[int]:
     if not bool((tokens == tokens.round()).all()):
         raise ValueError("no whole numbers of tokens")
-    return tokens.long().tolist()  # type: ignore[no-any-return]
+    return tokens.long().tolist()
 
 
 def owners_of_rows(

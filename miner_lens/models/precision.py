@@ -15,7 +15,7 @@ _DEVICES = [
     if torch.amp.is_autocast_available(device)
 ]
 # Where torch multiplies float32 in TF32 or bfloat16 if it is told so.
-_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 _FULL = ("none", "ieee")
 _KEY = "full precision of products"
 

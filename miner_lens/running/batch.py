@@ -13,9 +13,9 @@ from torch import Tensor
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models import sites
-from miner_lens.models.bridge import PassInputs
 from miner_lens.models.generation import Inputs
 from miner_lens.models.modality import Masks, parts_of
+from miner_lens.models.pass_inputs import PassInputs
 from miner_lens.models.sites import Call, Tower
 
 T = TypeVar("T")
