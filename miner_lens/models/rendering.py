@@ -103,9 +103,8 @@ def fit_template(
     Raises:
         SampleError: The template leaves out a text or a medium.
     """
-    messages = _taken(template, messages)
+    messages, text = _taken(template, messages)
     probed, probes = _probed(messages)
-    text = template(probed)
     media = list(_media(probed))
     if sum(map(text.count, placeholders)) >= len(media):
         media = []  # a template may write a placeholder without looking at the part
@@ -138,7 +137,7 @@ def opening(template: Callable[..., str], messages: Sequence[Message]) -> str:
         {**message, "content": [_bare(part) for part in _parts(message)] or message["content"]}
         for message in messages
     ]
-    bare = _taken(template, bare)
+    bare, _ = _taken(template, bare)
     closed, open_ = (template(bare, add_generation_prompt=awaits) for awaits in (False, True))
     if not open_.startswith(closed):
         raise SampleError(
@@ -207,8 +206,10 @@ def require_media(
             )
 
 
-def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
-    """A conversation with each content as it is, in parts or as a string, as the template takes it.
+def _taken(template: Template, messages: Sequence[Message]) -> tuple[Conversation, str]:
+    """Return a conversation in the form that a template takes, and its text with probes.
+
+    Each content is as it was, in parts or a string.
 
     Raises:
         SampleError: The template takes a message in no form.
@@ -219,8 +220,8 @@ def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
         probed, probes = _probed(form)
         text = _attempt(template, probed)
         read = set() if text is None else _read(text, probes, len(form))
-        if len(read) == len(form):
-            return form
+        if text is not None and len(read) == len(form):
+            return form, text
         taken.append(read)
     mixed = []
     for at, message in enumerate(messages):
@@ -228,7 +229,13 @@ def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
         if not read_in:
             _explain(template, messages, message)
         mixed.append(read_in[0])
-    return mixed
+    probed, probes = _probed(mixed)
+    text = template(probed)
+    read = _read(text, probes, len(mixed))
+    for at, message in enumerate(messages):
+        if at not in read:
+            _explain(template, messages, message)
+    return mixed, text
 
 
 def _explain(template: Template, messages: Sequence[Message], unread: Message) -> NoReturn:

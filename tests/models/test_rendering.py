@@ -50,6 +50,11 @@ REASONING = (
     "{% for m in messages %}{{ m.role }}:"
     "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}{% endfor %}"
 )
+# Reads a string only beside strings, and parts only beside parts.
+ALIKE = (
+    "{% if messages[1].content is string %}{{ messages[0].content }}{% else %}"
+    "{{ messages[1].content[0].text }}{% endif %}"
+)
 IMAGE = {"type": "image", "image": object()}
 
 
@@ -107,6 +112,7 @@ def test_contents_take_the_form_of_the_template(
     ("source", "messages", "match"),
     [
         (NO_SYSTEM, [SYSTEM, *TURNS], "leaves out the text 'Be very good.' of the system message"),
+        (ALIKE, [SYSTEM, said("user", "it?")], "leaves out the text"),
         (LAST, TURNS, "leaves out the text 'yes please' of the user message"),
         (SHORT, [said("user", "what color is it?")], "the text 'what color is it"),
         (FIRST_PART, [user(IMAGE, "what is it?")], "leaves out the image of the user message"),
