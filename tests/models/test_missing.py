@@ -46,7 +46,8 @@ def test_metrics_without_attention() -> None:
         data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
         full = ml.mine(bridge, data, site=site, progress=False)
         part = ml.mine(bridge, data, site=site, metrics=("prob", "mean", "max"), progress=False)
-        assert torch.equal(part.values[:3], full.values[:3])
+        # Other hooks, other kernels: bits may differ.
+        torch.testing.assert_close(part.values[:3], full.values[:3], atol=1e-6, rtol=0)
         assert not part.values[3:].any()
         assert full.values[3:].any()
 
