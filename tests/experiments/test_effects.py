@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import miner_lens as ml
-from miner_lens.experiments.asking import Asking
 from miner_lens.experiments import necessity as curves
+from miner_lens.experiments.asking import Asking
 from miner_lens.experiments.plan import INTACT, Plan
 from miner_lens.experiments.resampling import contrast, contrast_interval
 from miner_lens.experiments.selection_grid import mixes

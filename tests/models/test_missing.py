@@ -205,14 +205,6 @@ def test_an_unknown_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ml.mine(bridge, data, progress=False).values.any()
 
 
-@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
-def test_images_that_are_read_in_both_directions(name: str) -> None:
-    model, inputs = FAMILIES[name].make()
-    data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
-    with pytest.raises(ValueError, match="attend to later ones"):
-        ml.mine(ml.wrap(model), data, attention="causal", progress=False)
-
-
 def test_descriptions() -> None:
     bridge = ml.wrap(towers.audio_model())
     found = describe(bridge)
