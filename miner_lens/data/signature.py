@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+_VALUES = (int, float, str, list, tuple, dict, set, Tensor, np.ndarray)
 MOST = 65_536  # about so many elements of an array, or bytes of a picture, are hashed
 
 
@@ -93,8 +94,9 @@ def _function(
         with suppress(ValueError):  # it is empty yet
             given.append(cell.cell_contents)
     looked_up = [function.__globals__.get(name) for name in _names(function.__code__)]
-    # Of what it looks up: values, and functions beside it. Packages are known by their versions.
-    values = [one for one in looked_up if isinstance(one, int | float | str | Tensor | np.ndarray)]
+    # Of what it looks up: values, what it calls, and functions beside it. Packages are known by
+    # their versions.
+    values = [one for one in looked_up if isinstance(one, _VALUES) or _is_called(one)]
     beside = [
         _function(one, around=around)
         for one in looked_up
@@ -106,6 +108,10 @@ def _function(
         [_code(function.__code__), given, described(values, fully), beside], sort_keys=True
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_called(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type | FunctionType | ModuleType)
 
 
 def _names(code: CodeType) -> list[str]:

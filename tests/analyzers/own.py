@@ -12,6 +12,7 @@ from torch import Tensor
 
 import miner_lens as ml
 from miner_lens import launchers
+from tests.calls import calls_of
 from tests.running.test_distributed import everywhere, finish, start
 
 
@@ -58,26 +59,23 @@ def data(samples: int) -> list[ml.Sample]:
 
 def work(model: Any, folder: Path, kill_after: int | None = None) -> None:
     """Run both with a checkpoint; SIGKILL comes in the midst of the pass after so many."""
-    passes = 0
 
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal passes
-        passes += 1
-        if kill_after is not None and passes > kill_after:
+    def kill(calls: list[Any]) -> None:
+        if kill_after is not None and len(calls) > kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    model.original_model.get_decoder().layers[1].register_forward_hook(count)
-    results = ml.run(
-        model,
-        data(16),
-        Sparsity(),
-        LastToken(),
-        batch_size=3,
-        progress=False,
-        checkpoint=folder / "checkpoint",
-        checkpoint_every=0.0,
-    )
-    torch.save((results, passes), folder / f"results-{launchers.rank()}.pt")
+    with calls_of(model.original_model.get_decoder().layers[1], kill) as passes:
+        results = ml.run(
+            model,
+            data(16),
+            Sparsity(),
+            LastToken(),
+            batch_size=3,
+            progress=False,
+            checkpoint=folder / "checkpoint",
+            checkpoint_every=0.0,
+        )
+    torch.save((results, len(passes)), folder / f"results-{launchers.rank()}.pt")
 
 
 def killed_and_shared(folder: Path) -> None:

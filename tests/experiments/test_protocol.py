@@ -15,6 +15,7 @@ import pytest
 import miner_lens as ml
 from miner_lens.experiments import protocol
 from miner_lens.experiments.protocol import MINER, STAND_INS, Source, reproduce
+from tests.calls import calls_of
 from tests.experiments.test_trials_kept import killed_after, same
 from tests.running.test_distributed import in_a_new_process
 from tests.test_cli import call
@@ -72,9 +73,9 @@ def test_each_data_set_has_its_own_metric() -> None:
 
 def everything(folder: Path) -> tuple[dict[str, Any], int]:
     """The results of the small protocol, and how often the model ran for them."""
-    model, passes = ml.load("shapes", device="cpu"), []
-    model.original_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = reproduce(model, SMALL.on("shapes"), folder, 2, batch_size=2, progress=False)
+    model = ml.load("shapes", device="cpu")
+    with calls_of(model.original_model) as passes:
+        found = reproduce(model, SMALL.on("shapes"), folder, 2, batch_size=2, progress=False)
     return found, len(passes)
 
 

@@ -16,6 +16,7 @@ import pytest
 import miner_lens as ml
 from miner_lens import files
 from miner_lens.experiments import asking, scored
+from tests.calls import calls_of
 from tests.running.test_distributed import everywhere, in_a_new_process, prepare
 
 
@@ -66,11 +67,9 @@ def processes_share_and_are_killed(folder: Path) -> None:
 
     assert everywhere(2, shared, folder / "told") == [True, True]
     # What two processes have kept, one reads without a pass.
-    passes = []
-    hook = model.original_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    same(table_of(model, data, checkpoint=folder / "two"), alone)
+    with calls_of(model.original_model) as passes:
+        same(table_of(model, data, checkpoint=folder / "two"), alone)
     assert not passes
-    hook.remove()
     # Killed after each of its units, and continued.
     for unit in (1, 2):
         child = os.fork()

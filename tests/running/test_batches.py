@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ import miner_lens as ml
 from miner_lens.models import access as models
 from miner_lens.models import generation
 from miner_lens.models.collate import collate
-from miner_lens.models.structure import plain
 from miner_lens.running import passes
 from miner_lens.running.work import ahead
+from tests.calls import calls_of
 from tests.families import TEXT, build
 from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixtures)
 from tests.models.test_messages import tokenizer
@@ -58,24 +56,22 @@ class Sizes:
         self.failed = 0
         self.most = most
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
-        self.layer = plain(model.original_model.get_decoder().layers[3])
-        self.forward = self.layer.forward
+        self.calls = calls_of(model.original_model.get_decoder().layers[3], self.see)
 
-    def see(self, *args: Any, **kwargs: Any) -> Any:
+    def see(self, calls: Any) -> None:
+        args, kwargs = calls[-1]
         rows, tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         if rows * tokens > self.most:
             self.failed += 1
             raise self.error
         self.shapes.append((rows, tokens))
-        return self.forward(*args, **kwargs)
 
     def __enter__(self) -> Sizes:
-        # No hook, as a checkpoint refuses hooks that it cannot tell from others.
-        self.layer.forward = self.see
+        self.calls.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        del self.layer.forward
+    def __exit__(self, *exception: Any) -> None:
+        self.calls.__exit__(None, None, None)
 
 
 def test_batches_by_length(shapes: Any, mixed: list[ml.Sample]) -> None:
@@ -188,7 +184,10 @@ def test_auto_continues_bit_for_bit(shapes: Any, mixed: list[ml.Sample], tmp_pat
             3,
             ran - 1,
         ):  # in the first unit, before anything is written; in the second
-            with stopping(shapes.original_model, after), pytest.raises(InterruptedError):
+            with (
+                calls_of(shapes.original_model, partial(stop, after=after)),
+                pytest.raises(InterruptedError),
+            ):
                 mine(shapes, mixed, **options)
     with Sizes(shapes, most=200) as rest:
         resumed = mine(shapes, mixed, **options)
@@ -201,22 +200,9 @@ def test_auto_continues_bit_for_bit(shapes: Any, mixed: list[ml.Sample], tmp_pat
     assert torch.equal(resumed.means, whole.means)
 
 
-@contextmanager
-def stopping(hf_model: Any, after: int) -> Iterator[None]:
-    """A model that is interrupted after so many passes."""
-    forward, left = hf_model.forward, iter(range(after))
-
-    @wraps(forward)
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        if next(left, None) is None:
-            raise InterruptedError
-        return forward(*args, **kwargs)
-
-    hf_model.forward = stop
-    try:
-        yield
-    finally:
-        del hf_model.forward
+def stop(calls: Any, after: int) -> None:
+    if len(calls) > after:
+        raise InterruptedError
 
 
 @given(total=st.integers(0, 6), unprepared=st.none() | st.integers(0, 5))
