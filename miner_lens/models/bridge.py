@@ -178,15 +178,16 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
             f"unwrap needs a TransformerBridge, got {type(bridge).__name__}. A Hugging Face model "
             "that is in no bridge needs no unwrapping."
         )
-    from miner_lens.models import attention
+    from miner_lens.models import attention, bridge_methods
 
     hf_model = hf_model_of(bridge)
-    if any(getattr(module, "_use_processed_weights", False) for module in hf_model.modules()):
+    if getattr(bridge, "_weights_processed", False):
         raise ValueError(
             "This bridge is in compatibility mode with processed weights, and the former weights "
             "are gone. Load the model again."
         )
     attention.uninstall(bridge)
+    bridge_methods.uninstall(hf_model)
     for config, before, after in _attention_names.pop(hf_model, ()):
         if config._attn_implementation == after:  # or somebody has set another since
             attention.name_function(config, before)
@@ -248,7 +249,7 @@ def prepare(bridge: Any) -> Any:
     bridge = bare(bridge)
     if not is_bridge(bridge):
         return bridge
-    from miner_lens.models import attention
+    from miner_lens.models import attention, bridge_methods
 
     hf_model = hf_model_of(bridge)
     if _watching(hf_model):
@@ -256,6 +257,7 @@ def prepare(bridge: Any) -> Any:
         return bridge
     from miner_lens.models.opening import open_towers
 
+    modes = {module: module.training for root in (bridge, hf_model) for module in root.modules()}
     blocks = list(bridge.blocks)
     mlps = [block.mlp for block in blocks if "mlp" in block._modules]
     added = [_attach_activation(mlp) or _attach_experts(mlp) for mlp in mlps]
@@ -271,8 +273,20 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs(of_bridge=True).watch(hf_model)
+    seen = PassInputs(of_bridge=True)
+    seen.watch(hf_model)
+    seen.handles += bridge_methods.install(bridge, hf_model)
+    for root in (bridge, hf_model):
+        for module in root.modules():
+            _give_mode(module, modes)
     return bridge
+
+
+def _give_mode(module: nn.Module, modes: dict[nn.Module, bool]) -> None:
+    """Train or evaluate what was added to a module as what it is around, or as that module."""
+    for child in module.children():
+        if child not in modes:
+            child.training = modes[child] = modes.get(plain(child), module.training)
 
 
 def _name_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
