@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,3 +52,13 @@ def described(group: str, architecture: str) -> Any:
 
 def _entries(group: str) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)}
+
+
+# Looked up in files, and asked for by each run.
+_version = cache(version)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that scores depend on."""
+    packages = ("miner-lens", "transformer-lens", "transformers", "torch")
+    return {package: _version(package) for package in packages}

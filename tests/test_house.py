@@ -27,7 +27,7 @@ DOCUMENTS = [
 
 # Hugging Face's own name for a setting that it has no public name to restore by.
 # And what IPython asks an object for.
-FOREIGN = {"_attn_implementation", "_repr_html_", "_repr_png_"}
+FOREIGN = {"_attn_implementation", "_repr_html_", "_repr_png_", "_version"}
 # Hooks are tried there with tensors that pretend to be on a GPU, where no whole pass could run.
 OPENED = {"tests/analyzers/test_devices.py"}
 # What a user would write, and so may use the package as a user does.

@@ -1,4 +1,4 @@
-"""Families that cut images into parts, or fill them up, in ways that model inputs do not count."""
+"""Families that cut images into parts in ways that model inputs do not count."""
 
 from __future__ import annotations
 
@@ -44,17 +44,3 @@ def any_size(hf_model: Any, inputs: Mapping[str, Any], modality: str) -> Items |
     patches = inputs["image_sizes"].cpu() // config.vision_config.patch_size
     tokens = patches // config.spatial_merge_size
     return Items(tokens.prod(-1).tolist(), patches.prod(-1).tolist())
-
-
-def padded(hf_model: Any, inputs: Mapping[str, Any], modality: str) -> Items | None:
-    """SmolVLM and Idefics 3: images are padded with pixels, and samples with images."""
-    pixels = inputs["pixel_values"].flatten(0, 1)
-    there = (pixels != 0).flatten(1).any(1)
-    if not there.any():
-        there[0] = True
-    mask = inputs.get("pixel_attention_mask")
-    mask = torch.ones_like(pixels[:, 0]) if mask is None else mask.flatten(0, 1)
-    side = hf_model.config.vision_config.patch_size
-    patches = mask[there].unfold(1, side, side).unfold(2, side, side)
-    real = (patches.sum((-1, -2)) > 0).flatten().cpu()
-    return Items(None, [1] * int(there.sum()), real)

@@ -132,10 +132,10 @@ class AttentionFlowAnalyzer(Analyzer[AttentionFlow]):
 def _edges(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the last positions are last tokens, and which keys each may be cut off from."""
     length = x.shape[-1]
-    tail = min(length, 1 + max(batch.tails, default=0))
     at = torch.arange(length, device=x.device)
-    real = batch.real.to(x.device)
-    last = (real * at).amax(1, keepdim=True)
-    queries = (at[-tail:] >= last).float()
+    last = (batch.real.to(x.device) * at).amax(1, keepdim=True)
+    answers = torch.tensor(list(batch.tails) or [0], device=x.device)
+    tail = length - int(last.min())
+    queries = ((at >= last) & (at <= last + answers[:, None]))[:, -tail:].float()
     itself = at[-tail:, None] == at
     return queries, (~itself).float()[None]

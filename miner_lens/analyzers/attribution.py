@@ -9,7 +9,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from miner_lens.analyzers.importance import versions
+from miner_lens.installed import versions
 from miner_lens.models.points import Point, activation_points
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch

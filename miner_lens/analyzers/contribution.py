@@ -8,7 +8,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from miner_lens.analyzers.importance import versions
+from miner_lens.installed import versions
 from miner_lens.models.access import mlps
 from miner_lens.models.fingerprint import has_weight
 from miner_lens.models.forcing import tokenizer_of

@@ -14,6 +14,7 @@ from miner_lens.analyzers.reading import Lens
 from miner_lens.models.access import mlps
 from miner_lens.models.fingerprint import has_weight
 from miner_lens.models.forcing import tokenizer_of
+from miner_lens.models.precision import full_precision
 
 Word = tuple[str, float]
 
@@ -77,6 +78,7 @@ def vocabulary_effect(
     return found[0], found[1]
 
 
+@full_precision()
 def nearest_by_direction(
     model: Any, layer: int, neuron: int, k: int = 10
 ) -> list[tuple[int, int, float]]:

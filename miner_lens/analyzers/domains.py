@@ -13,6 +13,8 @@ from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch
 from miner_lens.scoring.domain_counts import DomainCounts
 
+MOST = 2**24  # tokens that are counted at once
+
 
 class DomainAnalyzer(Analyzer[DomainCounts]):
     """Counts, for each domain, the tokens and the positive activations of every neuron of a site.
@@ -48,14 +50,24 @@ class DomainAnalyzer(Analyzer[DomainCounts]):
         domains = sorted({str(label) for label in batch.labels})
         mine = torch.tensor([[label == one for one in domains] for label in batch.labels])
         real = batch.real.to(x.device)
-        # Whole numbers below 2 ** 24 are exact in float32, and a pass has fewer tokens.
         chosen = mine.to(x.device)[..., None] & real[:, None]
-        counts = einsum(
-            chosen.float(), (x > 0).float(), "sample domain pos, sample pos neuron -> domain neuron"
-        )
+        # Whole numbers are exact in float32 up to 2 ** 24.
+        step = max(1, MOST // len(x))
+        counts = torch.stack(
+            [
+                einsum(
+                    some.float(),
+                    (part > 0).float(),
+                    "sample domain pos, sample pos neuron -> domain neuron",
+                ).long()
+                for some, part in zip(
+                    torch.split(chosen, step, 2), torch.split(x, step, 1), strict=True
+                )
+            ]
+        ).sum(0)
         tokens = chosen.sum((0, 2))
         for place, domain in enumerate(domains):
-            self.sum(f"{domain}/over_zero", self.widened(counts[place].long()), at=point.layer)
+            self.sum(f"{domain}/over_zero", self.widened(counts[place]), at=point.layer)
             if point.layer == 0:
                 self.sum(f"{domain}/tokens", tokens[place])
 

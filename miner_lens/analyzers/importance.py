@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import inspect
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +10,8 @@ import torch
 from torch import Tensor
 
 from miner_lens.analyzers.attention_sums import AttentionSums, ReceivedAttention
-from miner_lens.models.inside import hf_model_of
+from miner_lens.installed import versions
 from miner_lens.models.points import Point, activation_points
-from miner_lens.models.structure import plain
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, TowerBatch
 from miner_lens.running.passes import BatchSize, OnError
@@ -33,8 +29,9 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
     Args:
         attention: Which attention weighs the tokens: `"bidirectional"`, the head mean of
             softmax(QK^T / sqrt d) without a causal mask, as the published code computes it, or
-            `"causal"`, the pattern that the model really has. A model that scales QK^T by another
-            number has its own scale in both.
+            `"causal"`, the pattern that the model really has, with its windows, chunks, sinks and
+            soft caps, as the mask and arguments of each pass say. A model that scales QK^T by
+            another number has its own scale in both.
         data: A name of the data set, kept with the scores.
         site: Where the neurons live: `"llm"`, or a tower of the model, `"vision"`, `"audio"` or
             `"projector"`, in which only the tower's own modalities occur. A tower attends without
@@ -57,15 +54,13 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
         self.attention = attention
         self.data = data
         self.metrics = _checked(metrics)
-        in_decoder = site == "llm"
         self._sums: list[AttentionSums] = []
         computed = ["prob", "mean", "max"]
         if self._published:
-            causal = in_decoder and attention == "causal"
-            self._sums.append(AttentionSums(site, causal))
+            self._sums.append(AttentionSums(site, attention == "causal"))
             computed += ["attn_k", "attn_q"]
         if "attended" in self.metrics:
-            self._sums.append(ReceivedAttention(site, causal=in_decoder))
+            self._sums.append(ReceivedAttention(site))
             computed.append("attended")
         # Where the metrics are among those that `statistics` returns.
         self._places = [computed.index(metric) for metric in self.metrics]
@@ -84,17 +79,6 @@ class ImportanceAnalyzer(Analyzer[ImportanceScores]):
     def _published(self) -> list[str]:
         """The published attention metrics that are scored."""
         return [metric for metric in ("attn_k", "attn_q") if metric in self.metrics]
-
-    def begin(self, model: Any) -> None:
-        """Note the model; refuse another one than before, or one whose pattern is not computed.
-
-        Raises:
-            ValueError: For causal attention or `attended`, the model's own pattern has a sliding
-                window, sinks or a soft cap.
-        """
-        super().begin(model)
-        if any(sums.causal for sums in self._sums):
-            _require_plain_attention(model, "attended" in self.metrics)
 
     def needs(self) -> list[AttentionSums]:
         """The attention sums of every layer, shared with other analyzers."""
@@ -240,46 +224,3 @@ def _checked(metrics: Sequence[str]) -> tuple[str, ...]:
     if len(set(metrics)) < len(metrics):
         raise ValueError(f"A metric is named twice: {', '.join(metrics)}.")
     return metrics
-
-
-def _require_plain_attention(model: Any, attended: bool) -> None:
-    """Refuse patterns other than softmax(scale QK^T) over all earlier tokens."""
-    what = "The metric attended" if attended else "attention='causal'"
-    other_way = "Leave it out" if attended else "Use attention='bidirectional'"
-    takes = inspect.signature(hf_model_of(model).forward).parameters
-    if "token_type_ids" in takes:
-        # Which tokens see later ones follows from these: an image's, or all of a prompt's.
-        raise ValueError(
-            f"{what} scores a causal pattern, but {type(hf_model_of(model)).__name__} lets some "
-            f"tokens of a prompt attend to later ones (token_type_ids). {other_way}."
-        )
-    for layer, block in enumerate(model.blocks):
-        attention = plain(block._modules.get("attn"))  # None is refused where it would be read
-        # Some families keep the window on each layer, where it may be off, others in the config.
-        held_by = (
-            attention
-            if hasattr(attention, "sliding_window")
-            else getattr(attention, "config", None)
-        )
-        window = getattr(held_by, "sliding_window", None)
-        other = {
-            "a sliding window": window is not None,
-            "sinks": getattr(attention, "sinks", None) is not None,
-            "a soft cap": getattr(attention, "attn_logit_softcapping", None) is not None,
-        }
-        found = [name for name, present in other.items() if present]
-        if found:
-            raise ValueError(
-                f"{what} scores plain softmax(scale QK^T), but layer {layer} of "
-                f"this model attends with {' and '.join(found)}. {other_way}."
-            )
-
-
-# Looked up in files, and asked for by each run.
-_version = cache(importlib.metadata.version)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that scores depend on."""
-    packages = ("miner-lens", "transformer-lens", "transformers", "torch")
-    return {package: _version(package) for package in packages}

@@ -15,6 +15,7 @@ from miner_lens.models.forcing import tokenizer_of
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import inputs as model_inputs
 from miner_lens.models.points import residual_points
+from miner_lens.models.precision import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,9 +66,12 @@ class Lens:
         """The logits that the model would give if this were its last residual stream."""
         if self.norm is None or self.head is None:
             raise ValueError("This lens has neither norm nor head.")
-        logits = self.head(self.norm(x))
+        # Under autocast the residual stream may have another dtype than the weights.
+        weight = getattr(self.head, "weight", x)
+        logits = self.head(self.norm(x.to(weight.dtype) if weight.is_floating_point() else x))
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
+    @full_precision()
     def see(
         self, x: Float[Tensor, "sample pos d_model"], asked: Int[Tensor, " sample"], ranks: int
     ) -> Seen:

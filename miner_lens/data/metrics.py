@@ -6,7 +6,6 @@ accepted answers, that returns a value for each sample. Data sets name theirs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from miner_lens import installed
 from miner_lens.data.captions import bleu, cider, sentence_similarity, tfidf_cosine
+from miner_lens.data.option_letter import option_letter
 from miner_lens.data.sample import Sample
 from miner_lens.data.vqa_accuracy import vqa_accuracy
 
@@ -38,9 +38,6 @@ ENTRY_POINTS = "miner_lens.metrics"
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[float]]
 # Metrics by name, or names of known ones.
 Metrics = Iterable[str] | Mapping[str, Metric]
-
-_LEADING_LETTER = re.compile(r"\W*([A-Z])(?![^\W_])", re.IGNORECASE)
-_STATED_LETTER = re.compile(r"\banswer(?:\s+is)?\s*:?\s*\W?([A-Z])(?![^\W_])", re.IGNORECASE)
 
 
 def is_right(sample: Sample, answer: str) -> bool:
@@ -94,21 +91,25 @@ def multiple_choice(
 ) -> list[float]:
     """1 where an answer gives the letter of the right option, else 0.
 
-    The letter is what the answer begins with, brackets aside, or else what follows "answer is" or
-    "answer:". It must stand by itself, though "A cat" gives A.
+    The letter is read as `miner_lens.data.option_letter` says: of "(B)", "The answer is B", "Option
+    B" or "\\boxed{B}"; an answer with several letters, or with an option's text alone, gives none.
 
     Args:
         answers: `[sample]`, what the model said.
-        references: `[sample]`, the right letters.
+        references: `[sample]`, the right letters, case and brackets aside.
         published: As published by MINER, by the answer's first character alone; "Because" gives B.
 
     Example:
         >>> multiple_choice(["(b) a cat", "The answer is C.", "Because"], [["B"], ["C"], ["B"]])
         [1.0, 1.0, 0.0]
     """
-    letter = (lambda answer: answer[:1]) if published else _letter
     pairs = zip(answers, references, strict=True)
-    return [float(letter(answer) in given) for answer, given in pairs]
+    if published:
+        return [float(answer[:1] in given) for answer, given in pairs]
+    return [
+        float(option_letter(answer) in {one.strip(" ().").upper() for one in given})
+        for answer, given in pairs
+    ]
 
 
 def word_recognition_rate(
@@ -262,8 +263,3 @@ def _of_each(
         float(max(compare(answer.strip().lower(), one.strip().lower()) for one in given))
         for answer, given in zip(answers, references, strict=True)
     ]
-
-
-def _letter(answer: str) -> str | None:
-    found = _LEADING_LETTER.match(answer) or _STATED_LETTER.search(answer)
-    return found[1].upper() if found else None

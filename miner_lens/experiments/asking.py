@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -26,6 +26,8 @@ from miner_lens.neurons.ablation import PreparedAblation, opened, opened_in_rows
 Metric = Callable[[Sample, str], float]
 # What is read of an answer without generating: whether it comes and ends, or whether it comes.
 Reading = Literal["exact", "begins"]
+# So many tokens more than the answer has may say it in other tokens.
+SLACK = 4
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,19 @@ class Read:
         return float(self.right if metric == "exact" else self.begins)
 
 
+def is_said(text: str, sample: Sample, metric: Reading) -> bool:
+    """Return True if a text is the sample's first answer, or begins with it, case and space aside.
+
+    Example:
+        >>> [is_said(" Red.", Sample([], "red"), metric) for metric in ("exact", "begins")]
+        [False, True]
+    """
+    text, answer = text.strip().lower(), sample.answers[0].strip().lower()
+    if metric == "exact":
+        return text == answer
+    return text.startswith(answer) and not text[len(answer) :][:1].isalnum()
+
+
 class Asking:
     """What is done with a unit of the data: each of its samples under each condition."""
 
@@ -173,7 +188,7 @@ class Asking:
         with self._under(group, [len(batch)] * len(group)), kept(len(group)):
             read = self._read(asked, inputs)
         if not callable(self._metric):
-            return [(each.says(self._metric), each.logprob, "") for each in read]
+            return self._said(asked, group, read, self._metric)
         answers = self._answers(asked, group, read)
         logprobs = (each.logprob for each in read)
         return zip(map(self._judge, asked, answers), logprobs, answers, strict=True)
@@ -198,32 +213,71 @@ class Asking:
             for one, row, length in zip(batch, logits, lengths, strict=True)
         ]
 
+    def _said(
+        self,
+        asked: Sequence[Asked],
+        group: Sequence[PreparedCondition],
+        read: Sequence[Read],
+        metric: Reading,
+    ) -> list[tuple[float, float, str]]:
+        """Whether the model says each answer; where it may in other tokens, it is asked."""
+        correct = [each.says(metric) for each in read]
+        open_ = [
+            place
+            for place, one in enumerate(asked)
+            if not correct[place] and self._is_open(one, read[place], metric)
+        ]
+        longest = max(len(one.forced.answer) for one in asked)
+        for place, text in self._generated(asked, group, open_, longest + SLACK).items():
+            correct[place] = float(is_said(text, asked[place].sample, metric))
+        return [(value, each.logprob, "") for value, each in zip(correct, read, strict=True)]
+
+    def _is_open(self, one: Asked, read: Read, metric: Reading) -> bool:
+        """True if greedy decoding leaves the answer's tokens, but maybe not its words."""
+        agreed = zip(read.greedy, one.forced.answer, strict=False)
+        at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], agreed))
+        ended = read.greedy[at] in self._ends
+        said = tokenizer_of(self._model).decode(read.greedy[: at + 1 - ended])
+        said = said.strip().rstrip("\ufffd").lower()  # what stands for half a character
+        wanted = one.sample.answers[0].strip().lower()
+        begun = said == wanted if metric == "exact" else said.startswith(wanted)
+        return self._greedy and (begun or (not ended and wanted.startswith(said)))
+
     def _answers(
         self, asked: Sequence[Asked], group: Sequence[PreparedCondition], read: Sequence[Read]
     ) -> list[str]:
         """What the model says by itself, generated where it is not known."""
         size = len(asked) // len(group)
-        places = [
-            [
-                place
-                for place in range(n * size, (n + 1) * size)
-                if one.depends_on_length or not (self._greedy and read[place].right)
-            ]
-            for n, one in enumerate(group)
+        rows = [
+            place
+            for place in range(len(asked))
+            if group[place // size].depends_on_length or not (self._greedy and read[place].right)
         ]
-        rows = [place for some in places for place in some]
-        generated: list[str] = []
-        if rows:
-            prompts = self._together([asked[place].forced.prompt for place in rows])
-            with self._under(group, [len(some) for some in places]):
-                generated = generate_from(self._model, prompts, self._max_new_tokens)
+        generated = self._generated(asked, group, rows, self._max_new_tokens)
         decode = tokenizer_of(self._model).decode
-        answers = [
-            decode(one.greedy[: self._max_new_tokens], skip_special_tokens=True) for one in read
+        return [
+            generated[place]
+            if place in generated
+            else decode(one.greedy[: self._max_new_tokens], skip_special_tokens=True)
+            for place, one in enumerate(read)
         ]
-        for place, answer in zip(rows, generated, strict=True):
-            answers[place] = answer
-        return answers
+
+    def _generated(
+        self,
+        asked: Sequence[Asked],
+        group: Sequence[PreparedCondition],
+        rows: Sequence[int],
+        max_new_tokens: int,
+    ) -> dict[int, str]:
+        """Answers that are generated in one batch, by row, each under its row's condition."""
+        if not rows:
+            return {}
+        size = len(asked) // len(group)
+        counts = [sum(place // size == n for place in rows) for n in range(len(group))]
+        prompts = self._together([asked[place].forced.prompt for place in rows])
+        with self._under(group, counts):
+            answers = generate_from(self._model, prompts, max_new_tokens)
+        return dict(zip(rows, answers, strict=True))
 
     def _together(self, apart: Sequence[Inputs]) -> Inputs:
         """One batch, where the model takes it."""

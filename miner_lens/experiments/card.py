@@ -15,7 +15,7 @@ from miner_lens.analyzers.directions import (
     vocabulary_effect,
 )
 from miner_lens.analyzers.domains import DomainAnalyzer
-from miner_lens.analyzers.importance import ImportanceAnalyzer, versions
+from miner_lens.analyzers.importance import ImportanceAnalyzer
 from miner_lens.analyzers.top_activations import TopActivationsAnalyzer
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
@@ -26,6 +26,7 @@ from miner_lens.experiments.moments import Moment, moment
 from miner_lens.experiments.result import Finding
 from miner_lens.experiments.statistics import costs
 from miner_lens.experiments.trials import trials
+from miner_lens.installed import versions
 from miner_lens.models.access import identity
 from miner_lens.neurons.neuron_set import NeuronSet
 from miner_lens.running.run import run

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from miner_lens import files, launchers
-from miner_lens.analyzers.importance import versions
 from miner_lens.data.signature import item_signature
+from miner_lens.installed import versions
 from miner_lens.models.access import identity
 
 PROTOCOL = "protocol.json"

@@ -27,7 +27,7 @@ from miner_lens.running.work import Items, work_through
 # So many samples are held prepared, media and all, and sorted by their length.
 WINDOW = 32
 # What is kept of a sample, so that a checkpoint of an older table is not continued.
-TABLE = 1
+TABLE = 2
 
 # A sample, or a mapping that `Sample.of` takes.
 Item = Sample | Mapping[str, Any]
@@ -50,9 +50,11 @@ def trials(
 
     The answer is read by the model after the prompt, in one pass for each condition and batch. Its
     log-probability is the sum over its tokens, without the end of the turn. It is correct if greedy
-    decoding would give exactly these tokens and then end the turn: each is the most probable after
-    the prompt and those before it. With `metric="begins"` the end is not asked for: a model that
-    gives the answer and then goes on is right. Of several accepted answers the first is asked for.
+    decoding would give it and then end the turn, case and surrounding space aside, as `exact_match`
+    has it: each of its tokens is the most probable after the prompt and those before it, or, where
+    the model may say it in other tokens ("Red" for "red"), what it generates is the answer. With
+    `metric="begins"` the end is not asked for: a model that gives the answer and then goes on is
+    right. Of several accepted answers the first is asked for.
     With a function as metric, the model answers as well, which takes longer; `correct` is then what
     the function says of that answer, and the table has it as `answer`. Nothing is generated where
     greedy decoding is known to give the answer that was read.

@@ -13,13 +13,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import (
+    create_position_bias_mask,
+    sdpa_attention_forward,
+)
 
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.sites import HOOKS, Tower, sites
@@ -42,8 +46,34 @@ Output = tuple[Tensor, Tensor | None]
 BRIDGE = "_miner_lens_bridge"
 # And what it has multiplied QK^T by; some have it in the queries already, and multiply by 1.
 SCALE = "_miner_lens_scale"
+# And the `Call` that is running, while hooks see its queries and keys.
+CALL = "_miner_lens_call"
 # What tells that transformers' interface is hooked.
 HOOKED = "_miner_lens_hooked"
+
+
+@dataclass
+class Call:
+    """What the function of native attention is told beside queries and keys.
+
+    Attributes:
+        mask: [batch head query key], True or 0 where a query sees a key, or None.
+        causal: Whether a query sees no later keys where there is no mask.
+        explicit: Whether the pattern is more than a softmax of what queries, keys and mask add up
+            to, as with sinks and soft caps, so that only the family's own function has it.
+        readers: Are given such a pattern, [batch head query key], once it is there.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    explicit: bool
+    readers: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+
+def call_of(attention: Any) -> Call | None:
+    """The call of a layer's native attention whose queries and keys hooks are seeing."""
+    call: Call | None = vars(attention.original_component).get(CALL)
+    return call
 
 
 def attentions_of(bridge: Any) -> list[Any]:
@@ -223,8 +253,8 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
     if mask is None:
         if queries == 1 or not causal:
             return None
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril(keys - queries)[None, None]
+        # As sdpa has it, also where a static cache has room for more keys.
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask
     lowest = torch.finfo(query.dtype).min
@@ -278,11 +308,24 @@ def _hooked(
 ) -> Output:
     if options.get("scaling") is not None:
         vars(module)[SCALE] = options["scaling"]
-    query, key = bridge.hook_rot_q(query), bridge.hook_rot_k(key)
-    if function is sdpa_attention_forward and _reads_pattern(bridge):
-        causal = options.get("is_causal", getattr(module, "is_causal", True))
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(causal) and query.shape[2] > 1
+    call = Call(attention_mask, causal, explicit=function is not sdpa_attention_forward)
+    if not call.explicit and (bias := options.get("position_bias")) is not None:
+        call.mask = create_position_bias_mask(bias, attention_mask, causal, query, key)
+    vars(module)[CALL] = call
+    try:
+        query, key = bridge.hook_rot_q(query), bridge.hook_rot_k(key)
+    finally:
+        del vars(module)[CALL]
+    if not call.explicit and _reads_pattern(bridge):
         function, attention_mask = eager, _additive(attention_mask, causal, query, key)
-    return function(module, query, key, value, attention_mask, **options)
+    output = function(module, query, key, value, attention_mask, **options)
+    if (pattern := output[1]) is not None:
+        for read in call.readers:
+            read(pattern.detach())
+    return output
 
 
 def _reads_pattern(bridge: Any) -> bool:

@@ -73,8 +73,8 @@ def _remembering(hf_model: Any) -> Iterator[None]:
         if torch.is_grad_enabled() and hf_model.training:
             for module, name in _functions(hf_model):
                 function = vars(module)[name]
-                if not isinstance(function, _Remembering):
-                    setattr(module, name, _Remembering(function, hf_model))
+                if not isinstance(function, Remembering):
+                    setattr(module, name, Remembering(function, hf_model))
                     replaced.append((module, name))
 
     replace()
@@ -85,7 +85,7 @@ def _remembering(hf_model: Any) -> Iterator[None]:
         handle.remove()
         for module, name in replaced:
             function = vars(module).get(name)
-            if isinstance(function, _Remembering):
+            if isinstance(function, Remembering):
                 setattr(module, name, function.function)
 
 
@@ -99,7 +99,7 @@ def _functions(hf_model: Any) -> Iterator[tuple[nn.Module, str]]:
             yield module, TORCH
 
 
-class _Remembering:
+class Remembering:
     """Computes something again under the contexts that it was first computed under."""
 
     def __init__(self, function: Callable[..., Any], hf_model: Any) -> None:
@@ -110,6 +110,7 @@ class _Remembering:
         return _itself, (self.function,)
 
     def __call__(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function in whose place this is does, computing under the present contexts."""
         contexts = list(_open.get(self.hf_model, ()))
         again = [context.kept() for context in contexts]
         first = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Inputs = dict[str, Any]
 
-PER_TOKEN = ("pos",)
+MASK, PER_TOKEN = "attention_mask", ("pos",)
 
 Kinds = dict[str, tuple[Any, ...]]
 
@@ -18,7 +18,7 @@ Kinds = dict[str, tuple[Any, ...]]
 def kinds(inputs: Inputs) -> Kinds:
     """By name, what must be alike in samples that are put together."""
     shape = inputs["input_ids"].shape
-    found: Kinds = {}
+    found: Kinds = {MASK: PER_TOKEN}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             found[name] = PER_TOKEN if value.shape == shape else (value.dtype, *value.shape[1:])
@@ -42,13 +42,14 @@ def collate(apart: Sequence[Inputs], pad: int) -> Inputs:
     """One batch of samples that were prepared by themselves, as the processor would make it.
 
     What there is for each token is padded on the left; what there is for each medium is laid end
-    to end.
+    to end. There always is an attention mask, also where the processor makes none.
 
     Args:
         apart: Model inputs of one sample each, which fit one another.
         pad: The token id to pad with.
     """
     longest = max(inputs["input_ids"].shape[1] for inputs in apart)
+    apart = [masked(inputs) for inputs in apart]
     together: Inputs = {}
     for name in dict.fromkeys(name for inputs in apart for name in inputs):
         values = [inputs[name] for inputs in apart if name in inputs]
@@ -73,3 +74,8 @@ def brings_media(inputs: Mapping[str, Any]) -> bool:
         and isinstance(value, Tensor | Mapping | Sequence)
         and not isinstance(value, str)
     )
+
+
+def masked(inputs: Inputs) -> Inputs:
+    """Return model inputs with an attention mask, which says that nothing is padding if new."""
+    return inputs if MASK in inputs else inputs | {MASK: torch.ones_like(inputs["input_ids"])}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
+from miner_lens.models.collate import MASK, collate, masked
 from miner_lens.models.collate import Inputs as Inputs
-from miner_lens.models.collate import collate
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 from miner_lens.models.mistral import is_mistral
 from miner_lens.models.processing import read
@@ -131,7 +131,11 @@ def _encode(
         opened = [fit_template(template, messages, source, placeholders) for messages in opened]
     if tokenizer is processor:
         return _as_text(processor, opened, add_generation_prompt, processor_kwargs)
-    inputs = read(processor, opened, add_generation_prompt, processor_kwargs)
+    # Where padding would not be told from tokens, it is of ours.
+    tells = MASK in tokenizer.model_input_names
+    batches = [opened] if tells else [[messages] for messages in opened]
+    apart = [read(processor, one, add_generation_prompt, processor_kwargs) for one in batches]
+    inputs = masked(apart[0]) if len(apart) == 1 else collate(apart, tokenizer.pad_token_id or 0)
     if mistral:
         for messages, ids in zip(opened, inputs["input_ids"], strict=True):
             require_texts(messages, tokenizer.decode(ids))

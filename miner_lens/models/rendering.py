@@ -318,8 +318,9 @@ def _media(messages: Sequence[Message]) -> Iterator[tuple[int, Any]]:
         yield from ((at, part) for part in _parts(message) if part["type"] in MEDIA)
 
 
-def _squeezed(text: str | None) -> str | None:
-    return None if text is None else "".join(text.split()).casefold()
+def _squeezed(text: str | None) -> str:
+    """Return a text without space and case; what a template refuses is empty."""
+    return "" if text is None else "".join(text.split()).casefold()
 
 
 def _left_out(what: str, message: Message) -> str:

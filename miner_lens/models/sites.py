@@ -17,7 +17,17 @@ from torch import nn
 
 from miner_lens.models.experts import expert_mlp, experts_of
 from miner_lens.models.identity import SITES
-from miner_lens.models.items import MEDIA_INPUTS, Items, Rows, items_of, owners, rows_of_call
+from miner_lens.models.items import (
+    MEDIA_INPUTS,
+    Rows,
+    items_of,
+    masks_beside,
+    owners,
+    owners_of_rows,
+    require_read,
+    rows_of_call,
+    rows_of_tokens,
+)
 from miner_lens.models.modality import media_tokens
 from miner_lens.models.structure import (
     ACTIVATION_NAMES,
@@ -25,6 +35,7 @@ from miner_lens.models.structure import (
     MLP,
     Stack,
     decoder_of,
+    joined,
     part,
     plain,
     stacks,
@@ -40,18 +51,17 @@ class Call:
     """One call of a tower within a forward pass.
 
     Attributes:
-        modality: What all of its items are.
-        items: What its items are, on the CPU.
+        rows: What the rows of its heap are, on the CPU.
         samples: Which sample each item belongs to, rising.
     """
 
-    modality: str
-    items: Items
+    rows: Rows
     samples: tuple[int, ...]
 
-    def spans(self, rows: Rows) -> list[tuple[int, int, int]]:
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
         """(sample, first row, row after the last) of each sample that has items in this call."""
-        owner = torch.tensor(self.samples)[rows.items]
+        owner = torch.tensor(self.samples)[self.rows.items]
         samples, counts = torch.unique_consecutive(owner, return_counts=True)
         stops = counts.cumsum(0)
         starts = stops - counts
@@ -130,29 +140,67 @@ class Tower(Site):
         module: nn.Module = _component(hf_model, name) or part(hf_model, name)
         return module
 
-    def rows(self, hf_model: Any, arguments: Mapping[str, Any], shape: Sequence[int]) -> Rows:
-        """What the rows of X, of that shape, are in one call of `module` with these arguments."""
-        return rows_of_call(self.module(hf_model), arguments, shape)
+    def told(self, hf_model: Any) -> list[nn.Module]:
+        """The modules whose arguments say what its rows are: `module`, and one within or after."""
+        layer, blocks = self._stack.layers[0].activation, self._stack.blocks
+        inner = self._stack.module
+        if blocks is not None:
+            inner = joined(blocks, layer.removeprefix(f"{blocks}.").partition(".")[0])
+        modules = [self.module(hf_model), _held(hf_model, inner)]
+        return list(dict.fromkeys(modules))
 
-    def calls(self, hf_model: Any, inputs: Mapping[str, Any]) -> list[Call]:
-        """The calls that a forward pass with these model inputs makes: one for each modality.
+    def rows(self, hf_model: Any, calls: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> Rows:
+        """What the rows of X, of that shape, are in one call of the tower.
+
+        Args:
+            hf_model: The Hugging Face model.
+            calls: The arguments by name that the modules of `told` were given, `module` first.
+            shape: Of X.
+        """
+        return rows_of_call(self.module(hf_model), calls, shape)
+
+    def media(self, inputs: Mapping[str, Any]) -> list[str]:
+        """The modalities among a model's inputs, for each of which the tower is called once."""
+        return [m for m in self.modalities if inputs.get(MEDIA_INPUTS[m]) is not None]
+
+    def call(
+        self,
+        hf_model: Any,
+        inputs: Mapping[str, Any],
+        modality: str,
+        calls: Sequence[Mapping[str, Any]],
+        shape: Sequence[int],
+    ) -> Call:
+        """Whose the rows are in the call for a modality, while it runs.
+
+        Args:
+            hf_model: The Hugging Face model.
+            inputs: The model's inputs.
+            modality: One of `media`.
+            calls: As for `rows`.
+            shape: Of X.
 
         Raises:
-            ValueError: The media do not fill the placeholders.
+            ValueError: The media do not fill the placeholders, or which rows are padding is not
+                known.
         """
-        tokens = media_tokens(hf_model.config)
-        calls = []
-        for modality in self.modalities:
-            if inputs.get(MEDIA_INPUTS[modality]) is None:
-                continue
-            encoder = hf_model.get_encoder(modality=modality)
-            items = items_of(hf_model, encoder, inputs, modality)
-            placeholders = (inputs["input_ids"] == tokens[modality]).sum(-1).tolist()
-            each = items.tokens
-            if each is None:
-                each = [sum(placeholders) // max(1, len(items.sizes))] * len(items.sizes)
-            calls.append(Call(modality, items, owners(placeholders, each)))
-        return calls
+        token = media_tokens(hf_model.config)[modality]
+        placeholders = (inputs["input_ids"] == token).sum(-1).tolist()
+        encoder, given = hf_model.get_encoder(modality=modality), inputs[MEDIA_INPUTS[modality]]
+        items = items_of(hf_model, encoder, inputs, modality)
+        count = int(torch.Size(shape[:-1]).numel())
+        if items is not None:
+            rows = items.rows(shape)
+            if items.tokens is not None:
+                return Call(rows, owners(placeholders, items.tokens))
+        elif len(shape) == 2 and count == sum(placeholders):  # each becomes a token, in order
+            return Call(*rows_of_tokens(placeholders))
+        else:
+            rows = self.rows(hf_model, calls, shape)
+            # What becomes a token is no padding, whatever it is made of.
+            if self.name != "projector" or count != sum(placeholders):
+                require_read(rows, masks_beside(inputs, given))
+        return Call(*owners_of_rows(placeholders, rows, len(given)))
 
 
 def _component(hf_model: Any, path: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miner_lens.models import sites
 from miner_lens.models.access import identity, mlps
-from miner_lens.models.bridge import PassInputs, pass_inputs, prepare
+from miner_lens.models.bridge import prepare
 from miner_lens.models.checkpointing import is_checkpointed
 from miner_lens.models.experts import passing
 from miner_lens.models.inside import (
@@ -25,6 +25,7 @@ from miner_lens.models.inside import (
     is_compiled,
     uncompiled,
 )
+from miner_lens.models.pass_inputs import PassInputs, pass_inputs
 from miner_lens.models.sites import Tower
 from miner_lens.neurons.active import noted
 from miner_lens.neurons.context_hooks import ContextHooks
@@ -117,8 +118,11 @@ def ablation_hooks(
     layers = mlps(model, write.site)
     write.check(layers)
     hooks: list[Hook] = []
+    description = write.described()
     for layer, target in write.targets(layers, hf_model).items():
-        hooks.append((place.activation_point(layer), _point_hook(hf_model, write, tokens, target)))
+        hook = _point_hook(hf_model, write, tokens, target)
+        vars(hook)["description"] = description  # by which a checkpoint tells it from others
+        hooks.append((place.activation_point(layer), hook))
     return hooks
 
 

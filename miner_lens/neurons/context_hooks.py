@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from miner_lens.models.bridge import PassInputs
 from miner_lens.models.checkpointing import applies, checkpointed
 from miner_lens.models.forward_pass import ForwardPass
 from miner_lens.models.holders import held
 from miner_lens.models.hook import ContextHook, do_nothing
+from miner_lens.models.pass_inputs import PassInputs
 
 
 class ContextHooks:

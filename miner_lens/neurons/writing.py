@@ -14,12 +14,12 @@ from torch import Tensor
 from miner_lens.data.signature import described
 from miner_lens.models import sites
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import PassInputs
 from miner_lens.models.devices import offloaded_weights
 from miner_lens.models.experts import ExpertProjection
 from miner_lens.models.forward_pass import ForwardPass
 from miner_lens.models.inside import hf_model_of
 from miner_lens.models.modality import Masks
+from miner_lens.models.pass_inputs import PassInputs
 from miner_lens.models.sites import Tower
 from miner_lens.models.structure import MLP, way_to_decoder
 from miner_lens.neurons.neuron_set import NeuronSet
@@ -131,7 +131,8 @@ class TowerRows:
         """See each call of the tower from now on."""
         self._hf_model = hf_model_of(model)
         # Until the next call, as what comes after the tower has its rows too.
-        self.inputs.watch_calls(self.tower.module(self._hf_model))
+        for module in self.tower.told(self._hf_model):
+            self.inputs.watch_calls(module)
 
     def chosen(self) -> None:
         """In a tower every row is ablated."""
@@ -146,7 +147,7 @@ class TowerRows:
                 "give another value."
             )
         # Once a call, not in every layer.
-        items, real, count = running.once(self, lambda: self._rows(running, x))
+        items, real, count = running.once((self, x.shape[:-1]), lambda: self._rows(running, x))
         items, real = items.to(x.device), real.to(x.device)
         by_row = x.flatten(0, -2).amin(-1).masked_fill(~real, torch.inf)
         by_item = by_row.new_full((count,), torch.inf)
@@ -155,7 +156,8 @@ class TowerRows:
         return by_item[items].view(*x.shape[:-1], 1)
 
     def _rows(self, running: ForwardPass, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        rows = self.tower.rows(self._hf_model, running.calls[0].arguments, x.shape)
+        calls = [call.arguments for call in running.calls]
+        rows = self.tower.rows(self._hf_model, calls, x.shape)
         return rows.items.to(x.device), rows.real.to(x.device), int(rows.items[-1]) + 1
 
 

@@ -10,7 +10,7 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miner_lens.analyzers.importance import versions
+from miner_lens.installed import versions
 from miner_lens.reporting import circuitsvis
 from miner_lens.reporting.drawing import svg
 from miner_lens.reporting.sections import TEXT, Section, section

@@ -19,6 +19,7 @@ from miner_lens.models.access import identity
 from miner_lens.models.forward import aside
 from miner_lens.models.identity import ModelIdentity
 from miner_lens.models.points import Point
+from miner_lens.models.precision import full_precision
 from miner_lens.running.batch import Batch, TowerPass
 from miner_lens.running.hooks import Hook, Shared, prompt_hooks
 from miner_lens.running.stateful import State, Stateful
@@ -69,6 +70,13 @@ class Analyzer(Stateful, ABC, Generic[R]):
     site = "llm"
     identity: ModelIdentity | None = None
     _given: Mapping[str, Any] = MappingProxyType({})
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have what an author writes compute in full precision, also where the model does not."""
+        super().__init_subclass__(**options)
+        for name in ("see", "finish", "result"):
+            if name in vars(cls):
+                setattr(cls, name, full_precision()(vars(cls)[name]))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note what it is made with, so that a subclass's `__init__` need not call this one's."""
@@ -199,6 +207,8 @@ class Analyzer(Stateful, ABC, Generic[R]):
         """Hand what passes through a point to `see`, with its gradient as soon as there is one."""
         call, there = self._calls[point], x.detach()
         self._calls[point] += 1
+        if point.site != "llm":
+            batch.towers[point.site].view(call, there)  # while it is known what the call is told
         if not self.needs_gradients:
             self._hand_over((there,), point, call, batch)
         elif x.requires_grad:
@@ -246,7 +256,7 @@ class Analyzer(Stateful, ABC, Generic[R]):
             RuntimeError: A point was passed another number of times than thought.
         """
         for point, calls in self._calls.items():
-            thought = 1 if point.site == "llm" else len(batch.towers[point.site].calls)
+            thought = 1 if point.site == "llm" else len(batch.towers[point.site].modalities)
             if calls != thought:
                 raise RuntimeError(
                     f"{point.name} should have run {thought} times in this pass, but ran {calls} "

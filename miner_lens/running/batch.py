@@ -15,6 +15,8 @@ from miner_lens.data.sample import SampleError
 from miner_lens.models import sites
 from miner_lens.models.generation import Inputs
 from miner_lens.models.modality import Masks, parts_of
+from miner_lens.models.pass_inputs import PassInputs
+from miner_lens.models.sites import Call, Tower
 
 T = TypeVar("T")
 
@@ -105,7 +107,7 @@ class Batch:
 
 
 def prompt_of(inputs: Inputs, tails: Sequence[int] = ()) -> Bool[Tensor, "batch pos"]:
-    """The real tokens of prompts, which are padded on the left and may have so many tokens after."""
+    """Return which tokens are of prompts, which are padded on the left and may have tails."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = (torch.ones_like(ids) if mask is None else mask).to(torch.bool, copy=True)
     for row, tail in zip(real, tails, strict=False):
@@ -139,69 +141,86 @@ class TowerPass:
     """A tower's calls in one forward pass, and whose their rows are.
 
     A tower is called once for each modality, each time with the items of all samples in one heap
-    of rows; here a sample's rows are put together.
+    of rows; here a sample's rows are put together. Until it is closed it sees what the tower's
+    calls are told.
+
+    Attributes:
+        modalities: What each call is about.
     """
 
-    def __init__(self, tower: Any, hf_model: Any, batch: Batch) -> None:
-        self.tower, self.batch = tower, batch
-        try:
-            self.calls = tower.calls(hf_model, batch.inputs)
-        except ValueError as error:
-            raise SampleError(f"{', '.join(batch.ids)}: {error}") from error
+    def __init__(self, tower: Tower, hf_model: Any, batch: Batch) -> None:
+        self.tower, self.batch, self._hf_model = tower, batch, hf_model
+        self.modalities = tower.media(batch.inputs)
+        self._told = PassInputs()
+        for module in tower.told(hf_model):
+            self._told.watch_calls(module)
+        self._calls: dict[int, Call] = {}
 
     @classmethod
     def of(cls, batch: Batch, hf_model: Any, site: str) -> TowerPass:
         """The one of this pass, made when it is first asked for."""
         if site not in batch.towers:
-            batch.towers[site] = cls(sites.find(hf_model, site), hf_model, batch)
+            tower: Any = sites.find(hf_model, site)
+            batch.towers[site] = cls(tower, hf_model, batch)
         return batch.towers[site]
+
+    def close(self) -> None:
+        """See no more calls."""
+        self._told.stop()
 
     @property
     def present(self) -> dict[str, int]:
         """How many samples have items of each of the tower's modalities."""
-        counts = {call.modality: len(set(call.samples)) for call in self.calls}
+        counts = {
+            modality: len(set(self._calls[call].samples))
+            for call, modality in enumerate(self.modalities)
+        }
         return {name: counts.get(name, 0) for name in self.tower.modalities}
 
-    def view(self, call: int, device: torch.device, count: int) -> TowerBatch:
+    def view(self, call: int, x: Tensor) -> TowerBatch:
         """The batch of a call, with its mask on a device; made once a call, not in each layer.
 
         Args:
             call: Which call of the tower in this pass it is.
-            device: Where the mask is wanted.
-            count: How many rows the call has.
+            x: What passes through a point; the mask is wanted on its device. The first time is
+                while the call is running.
 
         Raises:
             RuntimeError: The tower ran more often than its inputs say.
             SampleError: So many rows cannot be told apart.
         """
-        if call >= len(self.calls):
-            times = len(self.calls)
+        if call >= len(self.modalities):
+            times = len(self.modalities)
             raise RuntimeError(
                 f"The {self.tower.name} tower ran more than {times} times in a pass."
             )
+        whole, modality = self.batch, self.modalities[call]
+        shape = x.shape
 
         def make() -> TowerBatch:
-            whole, found = self.batch, self.calls[call]
+            running = self._told.running
+            calls = [] if running is None else [told.arguments for told in running.calls]
             try:
-                rows = found.items.rows(count)
+                found = self.tower.call(self._hf_model, whole.inputs, modality, calls, shape)
             except ValueError as error:
                 raise SampleError(f"{', '.join(whole.ids)}: {error}") from error
-            spans = tuple(found.spans(rows))
+            self._calls[call] = found
+            spans = tuple(found.spans)
             longest = max(stop - start for _, start, stop in spans)
             real = torch.zeros(len(whole.ids), longest, dtype=torch.bool)
             for sample, start, stop in spans:
-                real[sample, : stop - start] = rows.real[start:stop]
-            described = (whole.inputs, {found.modality: real.to(device)}, whole.ids, whole.samples)
+                real[sample, : stop - start] = found.rows.real[start:stop]
+            described = (whole.inputs, {modality: real.to(x.device)}, whole.ids, whole.samples)
             return TowerBatch(
-                *described, whole.index, whole=whole, rows=rows, spans=spans, call=call
+                *described, whole.index, whole=whole, rows=found.rows, spans=spans, call=call
             )
 
-        return self.batch.once(("view", self.tower.name, call, device), make)
+        # Layers may have other numbers of rows, as where patches are merged on the way.
+        return whole.once(("view", self.tower.name, call, shape[:-1], x.device), make)
 
     def padded(self, x: Tensor, call: int) -> tuple[Tensor, TowerBatch]:
         """Each sample's rows of a call, [sample pos ...], zero where padded, and their batch."""
-        heap = x.flatten(0, -2)
-        view = self.view(call, x.device, len(heap))
+        view, heap = self.view(call, x), x.flatten(0, -2)
         if len(view.ids) == 1:
             ((_, start, stop),) = view.spans
             return heap[None, start:stop], view

@@ -113,10 +113,12 @@ class Checkpoint:
             except ValueError as error:
                 warnings.warn(f"What it covers is done again: {error}", stacklevel=2)
                 continue
-            if told["settings"] != self.settings:
+            there, here = told["settings"], self.settings
+            if there != here:
+                name = next(n for n in {**there, **here} if there.get(n) != here.get(n))
                 raise ValueError(
-                    f"{path.parent} holds another run. Its settings: {told['settings']}; this "
-                    f"run's: {self.settings}. Use the same ones, or another folder."
+                    f"{path.parent} holds another run: of other {name}, {there.get(name)}, where "
+                    f"this run has {here.get(name)}. Use the same, or another folder."
                 )
             intact.append(path)
             done = dict(tensors.pop("items").tolist())

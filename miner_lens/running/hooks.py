@@ -12,10 +12,12 @@ from torch import Tensor
 
 from miner_lens.data.sample import SampleError
 from miner_lens.models.access import layout
-from miner_lens.models.bridge import pass_inputs, prepare
+from miner_lens.models.bridge import prepare
 from miner_lens.models.forward import is_aside
 from miner_lens.models.forward_pass import past_length
+from miner_lens.models.pass_inputs import pass_inputs
 from miner_lens.models.points import Point
+from miner_lens.models.precision import full_precision
 from miner_lens.running.batch import Batch
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -54,7 +56,8 @@ def _read(function: Callable[..., Tensor | None], x: Tensor, hook: Any) -> Tenso
     if is_aside():
         return None
     try:
-        return function(x, hook=hook)
+        with full_precision():
+            return function(x, hook=hook)
     except SampleError:
         raise
     except ValueError as error:
@@ -67,9 +70,42 @@ def _hand(analyzer: Any, point: Point, running: Running, x: Tensor, hook: Any) -
     if is_aside():
         return
     if batch is not None:
+        if point.site == "llm":
+            require_positions(x, point.name, batch, _position_axes(point, hook))
         analyzer.receive(x, point, batch)
     elif point.site != "llm":
         raise RuntimeError(OUTSIDE.format(tower=point.site))
+
+
+def _position_axes(point: Point, hook: Any) -> tuple[int, ...]:
+    """The axes of a hook point that are positions, as TransformerLens says."""
+    axis = getattr(hook, "pos_dim", None)
+    if axis is not None:
+        return (axis,)
+    return (-2, -1) if point.name.endswith(("hook_pattern", "hook_attn_scores")) else (1,)
+
+
+def require_positions(x: Tensor, name: str, batch: Batch, axes: tuple[int, ...] = (1,)) -> None:
+    """Refuse what does not have the samples and positions of a batch's masks.
+
+    Args:
+        x: What passes through a point of the decoder, [sample ...].
+        name: Of the point.
+        batch: What the pass is about.
+        axes: Those that are positions.
+
+    Raises:
+        RuntimeError: The positions are others.
+    """
+    samples, positions = next(iter(batch.masks.values())).shape
+    there = [-x.ndim <= axis < x.ndim and x.shape[axis] == positions for axis in axes]
+    if len(x) != samples or not all(there):
+        raise RuntimeError(
+            f"{name} gives {list(x.shape)}, where the masks of the batch have {samples} samples of "
+            f"{positions} positions, so it cannot be told which token is where. Read a point that "
+            "all of a prompt's positions pass through; an analyzer that reads logits sets "
+            "needs_logits."
+        )
 
 
 def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
@@ -86,7 +122,7 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
     last: list[Tensor] = []
 
     def begin(embedded: Tensor, hook: Any) -> None:
-        running.clear()
+        close()
         # Some families embed other tokens in the place of media.
         ids = embedded if inputs.ids is None else inputs.ids
         former, last[:] = tuple(last), [ids]
@@ -99,9 +135,15 @@ def prompt_hooks(analyzer: Any, model: Any) -> list[Hook]:
         analyzer.open(batch, model.original_model)
         running.append(batch)
 
+    def close() -> None:
+        while running:
+            for tower in running.pop().towers.values():
+                tower.close()
+
     def end(last_seen: Tensor, hook: Any) -> None:
         if running and not is_aside():
-            batch = running.pop()
+            batch = running[0]
+            close()
             if analyzer.needs_logits:
                 batch.once("output", lambda: SimpleNamespace(logits=last_seen.detach()))
             analyzer.end(batch)

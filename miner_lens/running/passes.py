@@ -20,7 +20,7 @@ from miner_lens.models.generation import Inputs, input_device, render, to_device
 from miner_lens.models.inside import hf_model_of
 from miner_lens.running.analyzer import Analyzer
 from miner_lens.running.batch import Batch, prompt_of
-from miner_lens.running.hooks import pass_hooks
+from miner_lens.running.hooks import pass_hooks, require_positions
 
 BatchSize = int | Literal["auto"]
 OnError = Literal["raise", "skip"]
@@ -144,8 +144,8 @@ def make_batch(model: Any, items: Sequence[Item]) -> Batch:
     real = prompt_of(inputs, tails) if any(tails) else inputs.get("attention_mask")
     masks = layout(model).masks(inputs["input_ids"], real)
     values, numbers = tuple(item.value for item in items), tuple(item.number for item in items)
-    names = tuple(item.name for item in items)
-    return Batch(inputs, masks, names, values, numbers, answers, tails)
+    ids = tuple(item.name for item in items)
+    return Batch(inputs, masks, ids, values, numbers, answers, tails)
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,11 @@ def forward(
     except ValueError as error:
         # Such as fewer placeholders than the media have tokens.
         raise SampleError(f"{', '.join(batch.ids)}: the model refuses it: {error}") from error
+    finally:
+        for tower in batch.towers.values():
+            tower.close()
+    if count is None:
+        require_positions(output.logits, "logits", batch)
     if objective is not None:
         _descend(output.logits, batch, objective if callable(objective) else answer_logprob)
         output.logits = output.logits.detach()

@@ -9,8 +9,8 @@ from typing import Any
 
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
-from miner_lens.data.signature import described
 from miner_lens.models.bridge import prepared_bridge
+from miner_lens.models.foreign import identified
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import Inputs, input_device
 from miner_lens.models.modality import Masks
@@ -94,7 +94,7 @@ def run(
             "analyzers": [[type(one).__name__, one.settings] for one in analyzers],
             "batch_size": batch_size,
             "on_error": on_error,
-            "objective": described(wanted) if callable(wanted) else wanted,
+            "objective": _objective(wanted, checkpoint is not None),
         }
         seen, skipped = work_through(
             ranks,
@@ -118,6 +118,10 @@ def run(
             warnings.warn(f"{skipped} of {seen} samples were skipped. {why}", stacklevel=2)
         results = tuple(analyzer.result() for analyzer in analyzers)
     return results[0] if len(results) == 1 else results
+
+
+def _objective(objective: Any, fully: bool) -> Any:
+    return identified(objective, "objective", fully) if callable(objective) else objective
 
 
 def _require_new(analyzers: tuple[Analyzer[Any], ...]) -> None:

@@ -11,12 +11,16 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from miner_lens.data.items import item_of
 from miner_lens.data.signature import item_signature
+from miner_lens.installed import versions
 from miner_lens.models.access import identity
+from miner_lens.models.foreign import foreign_hooks
+from miner_lens.models.generation import input_device
 from miner_lens.models.inside import hf_model_of
 from miner_lens.neurons.active import active
 from miner_lens.running.checkpoint import NAME, Checkpoint
@@ -151,7 +155,7 @@ def work_through(
     if checkpoint is not None:
         path = Path(checkpoint) / NAME.format(rank=ranks.rank, world_size=ranks.world_size)
     if checkpoint is not None or ranks.world_size > 1:
-        settings = json.loads(json.dumps(_state_of(model) | settings))
+        settings = json.loads(json.dumps(_state_of(model, checkpoint is not None) | settings))
     if ranks.world_size > 1:
         _require_same(ranks, settings, items)
     state = Together(states)
@@ -178,14 +182,18 @@ def work_through(
     return seen, skipped
 
 
-def _state_of(model: Any) -> dict[str, Any]:
+def _state_of(model: Any, fully: bool) -> dict[str, Any]:
     """What must be the same of a model when a run is continued."""
     hf_model = hf_model_of(model)
+    device = input_device(model).type
+    lower = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
     return {
         "model": identity(model).to_dict(),
         "dtype": str(hf_model.dtype),
+        "autocast": str(torch.get_autocast_dtype(device)) if lower else None,
         "ablations": active(hf_model),
-        "hooks": [name for name, point in model.hook_dict.items() if point.fwd_hooks],
+        "hooks": foreign_hooks(model, fully),
+        "versions": versions(),
     }
 
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce, wraps
+from functools import reduce
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+from miner_lens.models.precision import full_precision
 
 METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
 # MINER's five, and what is scored only where it is asked for.
 ALL_METRICS = (*METRICS, "attended")
+
+# What attention itself is given: True where a query sees a key, or what is added to QK^T.
+AttentionMask = Bool[Tensor, "#batch #head #query #key"] | Float[Tensor, "#batch #head #query #key"]
 
 # Elements of an attention pattern that may be held between two passes over it: 64 MB and 512 MB.
 _KEPT_ON_CPU, _KEPT_ON_ACCELERATOR = 2**24, 2**27
@@ -61,22 +62,7 @@ class Segments:
         return first, self.stops[bisect_right(self.stops, stop - 1)]
 
 
-def _exact(kernel: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Have a kernel compute in fp32 also where the model runs under autocast."""
-
-    @wraps(kernel)
-    def exact(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device = first.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return kernel(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return kernel(*args, **kwargs)
-
-    return exact
-
-
-@_exact
+@full_precision()
 def head_mean_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -122,6 +108,7 @@ class _Pattern:
         mask: Bool[Tensor, "batch pos"] | None = None,
         segments: Segments | None = None,
         scale: float | None = None,
+        attention_mask: AttentionMask | None = None,
     ) -> None:
         self.batch, self.heads, self.pos, d_head = q.shape
         kv_heads = k.shape[1]
@@ -148,6 +135,14 @@ class _Pattern:
         self.scale = d_head**-0.5 if scale is None else scale
         self.causal = causal
         self.mask = mask
+        self.attention_mask = None
+        if attention_mask is not None:
+            self.mask = None  # which keys are padding is part of it
+            self.attention_mask = rearrange(
+                attention_mask.detach().expand(self.batch, self.heads, self.pos, self.pos),
+                "batch (kv_head group) query key -> kv_head batch group query key",
+                group=self.group,
+            )
         self.segments = segments
         self.index = torch.arange(self.pos, device=q.device)
         self.segment_of = None if segments is None else segments.index.to(q.device)
@@ -161,11 +156,17 @@ class _Pattern:
         first, last = self._keys(start, stop)
         hidden = self._hidden(start, stop, first, last)
         total = self.k.new_zeros(self.batch, stop - start, self.pos)
-        for queries, keys in zip(self.q, self.k, strict=True):
+        for head, (queries, keys) in enumerate(zip(self.q, self.k, strict=True)):
             some = queries[:, :, start:stop].float() * self.scale
             some = rearrange(some, "batch group query d_head -> batch (group query) d_head")
             scores = torch.bmm(some, keys[:, :, first:last])
             scores = scores.view(self.batch, self.group, stop - start, last - first)
+            if self.attention_mask is not None:
+                masked = self.attention_mask[head, :, :, start:stop, first:last].to(scores.device)
+                if masked.dtype == torch.bool:
+                    scores.masked_fill_(~masked, torch.finfo(torch.float32).min)
+                else:
+                    scores += masked
             if hidden is not None:
                 # Not -inf: a row that sees nothing stays finite.
                 scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
@@ -193,7 +194,43 @@ class _Pattern:
         return hidden
 
 
-@_exact
+def is_plain_causal(
+    attention_mask: AttentionMask, real: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, ""]:
+    """Tell whether a mask has real queries see all real keys up to their own position, and no more.
+
+    There may be more keys than queries, which nobody may see.
+
+    Example:
+        >>> mask = torch.ones(1, 1, 3, 4, dtype=torch.bool).tril()
+        >>> is_plain_causal(mask, torch.ones(1, 3, dtype=torch.bool))
+        tensor(True)
+    """
+    queries, keys = attention_mask.shape[-2:]
+    index = torch.arange(keys, device=attention_mask.device)
+    of_keys = torch.nn.functional.pad(real, (0, keys - queries))[:, None, None]
+    plain = torch.ones((), dtype=torch.bool, device=attention_mask.device)
+    for start, stop in _chunks(queries, len(real) * keys, attention_mask.device):
+        seen = (index <= index[start:stop, None]) & of_keys
+        agrees = lets_see(attention_mask[..., start:stop, :], seen)
+        plain &= (agrees | ~real[:, None, start:stop, None]).all()
+    return plain
+
+
+def lets_see(attention_mask: Tensor, seen: Bool[Tensor, "*#shape"]) -> Bool[Tensor, "*shape"]:
+    """Tell of each entry whether a mask shows what is to be seen, as it is, and hides the others.
+
+    Example:
+        >>> lets_see(torch.tensor([0.0, -torch.inf, 0.5]), torch.tensor([True, False, True]))
+        tensor([ True,  True, False])
+    """
+    if attention_mask.dtype == torch.bool:
+        return attention_mask == seen
+    lowest = torch.finfo(attention_mask.dtype).min
+    return torch.where(seen, attention_mask == 0, attention_mask <= lowest)
+
+
+@full_precision()
 def attention_sums(
     attention: Float[Tensor, "batch query key"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch direction modality pos"]:
@@ -220,7 +257,7 @@ def attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
-@_exact
+@full_precision()
 def fused_attention_sums(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -229,6 +266,7 @@ def fused_attention_sums(
     mask: Bool[Tensor, "batch pos"] | None = None,
     segments: Segments | None = None,
     scale: float | None = None,
+    attention_mask: AttentionMask | None = None,
 ) -> Float[Tensor, "batch direction modality pos"]:
     """What `attention_sums` makes of `head_mean_attention`, from queries and keys alone.
 
@@ -244,6 +282,7 @@ def fused_attention_sums(
         mask: True at real tokens; padding keys get no weight.
         segments: Which positions attend to each other; default all.
         scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
+        attention_mask: What the model's own attention was given; then `mask` hides no key.
 
     Raises:
         ValueError: As `head_mean_attention`.
@@ -255,7 +294,7 @@ def fused_attention_sums(
         tensor([[1., 1., 0.],
                 [1., 1., 0.]])
     """
-    pattern = _Pattern(q, k, causal, mask, segments, scale)
+    pattern = _Pattern(q, k, causal, mask, segments, scale, attention_mask)
     inside = masks.float()
     over_query = torch.zeros_like(inside)
     attn_k, attn_q = torch.zeros_like(inside), torch.zeros_like(inside)
@@ -278,7 +317,7 @@ def fused_attention_sums(
     return torch.stack([attn_k, attn_q], 1) * inside[:, None]
 
 
-@_exact
+@full_precision()
 def received_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -286,6 +325,7 @@ def received_attention(
     mask: Bool[Tensor, "batch pos"] | None = None,
     segments: Segments | None = None,
     scale: float | None = None,
+    attention_mask: AttentionMask | None = None,
 ) -> Float[Tensor, "batch pos"]:
     """The attention that each position receives: the sums of the head-mean pattern's columns.
 
@@ -299,6 +339,7 @@ def received_attention(
         mask: True at real tokens.
         segments: Which positions attend to each other; default all.
         scale: What QK^T is multiplied by; default 1 / sqrt(d_head).
+        attention_mask: What the model's own attention was given; then `mask` hides no key.
 
     Raises:
         ValueError: As `head_mean_attention`.
@@ -308,7 +349,7 @@ def received_attention(
         >>> received_attention(q, k)
         tensor([[1.8333, 0.8333, 0.3333]])
     """
-    pattern = _Pattern(q, k, causal, mask, segments, scale)
+    pattern = _Pattern(q, k, causal, mask, segments, scale, attention_mask)
     real = q.new_ones(pattern.batch, pattern.pos, dtype=torch.float32)
     if mask is not None:
         real = mask.float()
@@ -318,7 +359,7 @@ def received_attention(
     return received * real
 
 
-@_exact
+@full_precision()
 def largest_attention(
     q: Float[Tensor, "batch head pos d_head"],
     k: Float[Tensor, "batch kv_head pos d_head"],
@@ -327,6 +368,7 @@ def largest_attention(
     mask: Bool[Tensor, "batch pos"] | None = None,
     segments: Segments | None = None,
     scale: float | None = None,
+    attention_mask: AttentionMask | None = None,
 ) -> Float[Tensor, "batch modality"]:
     """The largest head-mean attention of a modality's token to one of the same modality.
 
@@ -337,7 +379,7 @@ def largest_attention(
         >>> largest_attention(q, k, torch.ones(1, 1, 4, dtype=torch.bool))
         tensor([[0.2500]])
     """
-    pattern = _Pattern(q, k, causal, mask, segments, scale)
+    pattern = _Pattern(q, k, causal, mask, segments, scale, attention_mask)
     largest = q.new_zeros(masks.shape[:2], dtype=torch.float32)
     for start, stop in pattern.chunks():
         rows = pattern.rows(start, stop)
@@ -348,7 +390,7 @@ def largest_attention(
     return largest
 
 
-@_exact
+@full_precision()
 def attended_weights(
     received: Float[Tensor, "batch pos"], masks: Bool[Tensor, "batch modality pos"]
 ) -> Float[Tensor, "batch 1 modality pos"]:
@@ -364,7 +406,7 @@ def attended_weights(
     return (inside / inside.sum(-1, keepdim=True).clamp(min=least))[:, None]
 
 
-@_exact
+@full_precision()
 def statistics(
     x: Float[Tensor, "batch pos neuron"],
     sums: Float[Tensor, "batch direction modality pos"],

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from miner_lens import installed
+from miner_lens.models.precision import full_precision
 from miner_lens.neurons.draw import random
 from miner_lens.scoring.kernels import METRICS
 
@@ -53,6 +54,7 @@ def default_weights(metrics: Sequence[str]) -> dict[str, float]:
     return known or {metrics[0]: 1.0}
 
 
+@full_precision()
 def combine(
     values: Float[Tensor, "metric modality layer neuron"],
     weights: Sequence[float] | Mapping[str, float] = DEFAULT_WEIGHTS,

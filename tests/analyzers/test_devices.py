@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import miner_lens as ml
+from miner_lens.analyzers import attention_sums
 from miner_lens.analyzers.importance import ImportanceAnalyzer
 from miner_lens.models import access as models
 from miner_lens.models import sites
+from miner_lens.models.forward_pass import Call, ForwardPass
 from miner_lens.models.items import Items
 from miner_lens.neurons import writing
 from miner_lens.running.batch import Batch
@@ -127,6 +130,8 @@ def moved(batch: Batch, site: str, mode: FakeTensorMode, devices: tuple[str, ...
         elif isinstance(key, tuple) and key[0] == "segments":
             for gpu in devices:
                 there._made[*key[:-1], torch.device(gpu)] = on_gpu(made, mode, gpu)
+        elif isinstance(key, tuple) and isinstance(key[0], tuple):
+            there._made[key] = made  # what was read off a mask, once a pass
         elif isinstance(key, tuple) and key[0] == "view":
             for gpu in devices:
                 view = replace(made, masks=on_gpu(made.masks, mode, gpu), whole=there)
@@ -151,8 +156,14 @@ def test_no_layer_waits_for_a_device(
         analyzer.open(batch, model.original_model)
     running = [batch]
     hooks = pass_hooks(analyzers, model, lambda: running[0])
+    calls: list[Any] = []
+    call_of = attention_sums.call_of
+    monkeypatch.setattr(
+        attention_sums, "call_of", lambda one: calls.append(call_of(one)) or calls[-1]
+    )
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         model.original_model(**batch.inputs)
+    monkeypatch.setattr(attention_sums, "call_of", lambda _: calls.pop(0))
     passing = record(model, batch, list(dict.fromkeys(name for name, _ in hooks)))
     with pretending() as (mode, copies):
         running[0] = moved(batch, site, mode, devices)
@@ -233,18 +244,23 @@ def test_no_ablated_layer_waits_for_a_device(site: str, value: Any, complement: 
     targets = write.targets(mlps, model.original_model)
     name = place.activation_point(0)
     x = record(model, batch, [name])[0][1]
-    prompt, there = [batch.inputs["input_ids"], batch.real], None
+    running = ForwardPass()
+    arguments = batch.inputs
+    if site == "vision":
+        arguments = {"grid_thw": batch.inputs["image_grid_thw"]}
+    elif site == "audio":
+        arguments = {"features": x}
+    running.calls.append(Call(arguments, None))
+    tokens.inputs._running[get_ident()] = running, []
     if isinstance(tokens, writing.TowerRows):
-        given = {"grid_thw": batch.inputs["image_grid_thw"]} if site == "vision" else {}
-        tokens._hf_model, tokens._arguments = model.original_model, given or {"features": x}
+        tokens._hf_model = model.original_model
         tokens.lowest(x)
-        there = tokens._there
+    else:
+        tokens.chosen()  # once a pass, its token ids and its mask are looked up
+        assert running.real is not None
     with pretending() as (mode, copies):
-        if isinstance(tokens, writing.TowerRows):
-            tokens._there = on_gpu(there, mode)
-        else:
-            tokens.ids, tokens.real = on_gpu(prompt, mode)
-            tokens.chosen()  # once a pass, its token ids are looked up
+        running.calls[:] = on_gpu(running.calls, mode)
+        running._made = on_gpu(running._made, mode)
         given = [(on_gpu(x, mode), on_gpu(target, mode)) for target in targets.values()]
         copies.seen.clear()
         for x, target in given:
@@ -257,9 +273,9 @@ def test_a_tower_looks_its_rows_up_once_a_call(monkeypatch: pytest.MonkeyPatch) 
     asked = []
     rows = Items.rows
 
-    def count(items: Items, number: int) -> Any:
-        asked.append(number)
-        return rows(items, number)
+    def count(items: Items, shape: torch.Size) -> Any:
+        asked.append(shape[:-1].numel())
+        return rows(items, shape)
 
     monkeypatch.setattr(Items, "rows", count)
     ml.mine(model, [(batch.inputs, batch.masks)], site="vision", progress=False)

@@ -155,16 +155,3 @@ def test_weights_where_nothing_is_said(small: Any) -> None:
     scores = mine(small, metrics=FREE)
     by_hand = scores.select(0.2, weights=(0, 0.75, 0.25))
     assert scores.select(0.2) == by_hand
-
-
-def test_a_pattern_that_is_not_computed_is_refused() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48}
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=3)).eval()
-    pair = ({"input_ids": torch.arange(6)[None]}, {"text": torch.ones(1, 6) > 0})
-    case = (ml.wrap(model), *pair)
-    assert mine(case, metrics=FREE).samples == 1
-    with pytest.raises(ValueError, match=r"attended scores plain.*sliding window\. Leave it out"):
-        mine(case, metrics=("attended",))

@@ -22,7 +22,8 @@ from transformers import (
 
 import miner_lens as ml
 from miner_lens.models.access import identity, layout, mlps
-from miner_lens.models.bridge import pass_inputs, prepare
+from miner_lens.models.bridge import prepare
+from miner_lens.models.pass_inputs import pass_inputs
 from tests.towers import (
     IMAGE,
     TEXT,

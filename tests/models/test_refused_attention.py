@@ -89,14 +89,3 @@ def test_queries_and_keys_as_multiplied_are_out_of_reach(make: Any) -> None:
     with ml.ablate(bridge, neurons):
         off = logits(bridge, IDS)
     torch.testing.assert_close(off, logits(untouched, IDS), atol=1e-5, rtol=0)
-
-
-def test_the_pattern_of_sinks_is_not_a_plain_softmax() -> None:
-    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    full = {"layer_types": ["full_attention"] * 2}
-    bridge = ml.wrap(build("GptOssForCausalLM", **TEXT | more | full))
-    with pytest.raises(ValueError, match=r"layer 0 of this model attends with sinks\. Leave"):
-        ml.mine(bridge, TEXTS, metrics=("attended",), progress=False)
-    with pytest.raises(ValueError, match=r"attends with sinks\. Use attention='bidirectional'"):
-        ml.mine(bridge, TEXTS, attention="causal", progress=False)
-    assert ml.mine(bridge, TEXTS, progress=False).values[3:].any()

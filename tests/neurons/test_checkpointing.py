@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 import miner_lens as ml
-from miner_lens.models.checkpointing import TORCH, TRANSFORMERS, _Remembering
+from miner_lens.models.checkpointing import TORCH, TRANSFORMERS, Remembering
 from miner_lens.models.hook import ContextHook
 from miner_lens.models.modality import ModalityLayout
 from miner_lens.neurons.ablation import PreparedAblation, opened_in_rows
@@ -189,7 +189,7 @@ def trained(model: Any, scene: Callable[[Any], None], enable: Enable | None) -> 
         enable(model)
     model.enable_input_require_grads()
     scene(model)
-    assert not any(isinstance(one, ContextHook | _Remembering) for one in attached(model))
+    assert not any(isinstance(one, ContextHook | Remembering) for one in attached(model))
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

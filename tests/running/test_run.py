@@ -182,25 +182,6 @@ def test_copies_and_changed_settings(shapes: Any, samples: list[ml.Sample]) -> N
     close(analyzer.result(), mine(shapes, samples[:1]))
 
 
-def test_causal_needs_a_plain_pattern() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        sliding_window=3,
-    )
-    bridge = ml.wrap(MistralForCausalLM(config).eval())
-    pair = ({"input_ids": torch.arange(6)[None]}, {"text": torch.ones(1, 6) > 0})
-    assert mine(bridge, [pair]).samples == 1
-    with pytest.raises(ValueError, match="layer 0 of this model attends with a sliding window"):
-        mine(bridge, [pair], attention="causal")
-
-
 def test_prepared_pairs(shapes: Any, samples: list[ml.Sample]) -> None:
     pairs = []
     for item in samples:
