@@ -120,9 +120,7 @@ def read_off_tokens(hf_model: Any) -> list[str]:
 
 def starts_later(hf_model: Any) -> bool:
     """Return True if TransformerLens has been told to go on from a residual stream."""
-    return any(
-        vars(module).get("_start_at_layer_idx") is not None for module in hf_model.modules()
-    )
+    return any(vars(module).get("_start_at_layer_idx") is not None for module in hf_model.modules())
 
 
 def _hooks(hf_model: nn.Module) -> Iterator[Any]:
