@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
@@ -103,16 +103,16 @@ def fit_template(
     Raises:
         SampleError: The template leaves out a text or a medium.
     """
-    messages = _taken(template, messages)
+    messages, text = _taken(template, messages)
     probed, probes = _probed(messages)
-    text = template(probed)
     media = list(_media(probed))
     if sum(map(text.count, placeholders)) >= len(media):
         media = []  # a template may write a placeholder without looking at the part
     for at, part in media:
         parts = [other for other in probed[at]["content"] if other is not part]
         without = [*probed[:at], {**probed[at], "content": parts}, *probed[at + 1 :]]
-        if _squeezed(_attempt(template, without)) == _squeezed(text):
+        shorter = _attempt(template, without)
+        if shorter is not None and _squeezed(shorter) == _squeezed(text):
             raise SampleError(_left_out(f"the {part['type']}", messages[at]))
     rendered = template(messages)
     for probe, (_, original) in probes.items():
@@ -137,7 +137,7 @@ def opening(template: Callable[..., str], messages: Sequence[Message]) -> str:
         {**message, "content": [_bare(part) for part in _parts(message)] or message["content"]}
         for message in messages
     ]
-    bare = _taken(template, bare)
+    bare, _ = _taken(template, bare)
     closed, open_ = (template(bare, add_generation_prompt=awaits) for awaits in (False, True))
     if not open_.startswith(closed):
         raise SampleError(
@@ -156,13 +156,14 @@ def require_texts(messages: Sequence[Message], prompt: str, source: str = "") ->
     Raises:
         SampleError: A text is missing.
     """
-    texts = [(message, _squeezed(text)) for message in messages for text in _texts(message)]
-    prompt = _squeezed(prompt)
+    texts = [(message, text) for message in messages for text in _texts(message)]
+    prompt, whole = _squeezed(prompt), [_squeezed(text) for _, text in texts]
     for message, text in texts:
+        wanted = _squeezed(text)
         if message["role"] == "assistant":
-            closing = [tag for tag in re.findall(r"</\w+>", text) if tag in source.casefold()]
-            text = text.rpartition(closing[-1])[2] if closing else text
-        if text and prompt.count(text) < sum(other.count(text) for _, other in texts):
+            closing = [tag for tag in re.findall(r"</\w+>", wanted) if tag in source.casefold()]
+            wanted = wanted.rpartition(closing[-1])[2] if closing else wanted
+        if wanted and prompt.count(wanted) < sum(other.count(wanted) for other in whole):
             raise SampleError(_left_out(f"the text {text!r:.60}", message))
 
 
@@ -205,8 +206,10 @@ def require_media(
             )
 
 
-def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
-    """A conversation with each content as it is, in parts or as a string, as the template takes it.
+def _taken(template: Template, messages: Sequence[Message]) -> tuple[Conversation, str]:
+    """Return a conversation in the form that a template takes, and its text with probes.
+
+    Each content is as it was, in parts or a string.
 
     Raises:
         SampleError: The template takes a message in no form.
@@ -217,18 +220,33 @@ def _taken(template: Template, messages: Sequence[Message]) -> Conversation:
         probed, probes = _probed(form)
         text = _attempt(template, probed)
         read = set() if text is None else _read(text, probes, len(form))
-        if len(read) == len(form):
-            return form
+        if text is not None and len(read) == len(form):
+            return form, text
         taken.append(read)
-    if not any(taken):
-        template(messages)  # refuses them in its own words, if it does
     mixed = []
     for at, message in enumerate(messages):
         read_in = [form[at] for form, read in zip(forms, taken, strict=True) if at in read]
         if not read_in:
-            raise SampleError(_left_out(f"the text {''.join(_texts(message))!r:.60}", message))
+            _explain(template, messages, message)
         mixed.append(read_in[0])
-    return mixed
+    probed, probes = _probed(mixed)
+    text = template(probed)
+    read = _read(text, probes, len(mixed))
+    for at, message in enumerate(messages):
+        if at not in read:
+            _explain(template, messages, message)
+    return mixed, text
+
+
+def _explain(template: Template, messages: Sequence[Message], unread: Message) -> NoReturn:
+    """Say what a chat template has no place for."""
+    for at, part in _media(messages):
+        texts = [[part for part in _parts(m) if part["type"] == "text"] for m in messages]
+        pairs = zip(messages, texts, strict=True)
+        _taken(template, [{**m, "content": t} if _parts(m) else m for m, t in pairs])
+        raise SampleError(_left_out(f"the {part['type']}", messages[at]))
+    template(messages)  # refuses them in its own words, if it does
+    raise SampleError(_left_out(f"the text {''.join(_texts(unread))!r:.60}", unread))
 
 
 def _probed(messages: Sequence[Message]) -> tuple[Conversation, dict[str, tuple[int, str]]]:
@@ -318,9 +336,9 @@ def _media(messages: Sequence[Message]) -> Iterator[tuple[int, Any]]:
         yield from ((at, part) for part in _parts(message) if part["type"] in MEDIA)
 
 
-def _squeezed(text: str | None) -> str:
-    """Return a text without space and case; what a template refuses is empty."""
-    return "" if text is None else "".join(text.split()).casefold()
+def _squeezed(text: str) -> str:
+    """Return a text without space and case."""
+    return "".join(text.split()).casefold()
 
 
 def _left_out(what: str, message: Message) -> str:

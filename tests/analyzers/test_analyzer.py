@@ -686,3 +686,47 @@ def test_a_value_error_of_a_shared_reader_is_no_bad_sample(
     monkeypatch.setattr(kernels, "fused_attention_sums", wrong)
     with pytest.raises(RuntimeError, match=r"hook_rot_k failed: of a kernel"):
         run(small, pairs(), ml.ImportanceAnalyzer(), on_error="skip")
+
+
+def shortened(x: Tensor, hook: Any) -> Tensor:
+    return x[:, -1:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("make", [ml.ImportanceAnalyzer, ml.DomainAnalyzer, ml.AttributionAnalyzer])
+def test_x_of_other_positions_than_the_masks(
+    shapes: Any, samples: list[ml.Sample], make: Any, batch_size: int
+) -> None:
+    """X of one position is multiplied by that of many without a word."""
+    labelled = [replace(one, label="a") for one in samples[:3]]
+    with (
+        shapes.hooks(fwd_hooks=[("blocks.2.mlp.act.hook_in", shortened)]),
+        pytest.raises(RuntimeError, match=r"blocks\.2\.mlp\.act\.hook_out gives \[\d, 1, 384\]"),
+    ):
+        run(shapes, labelled, make(), batch_size=batch_size, on_error="skip")
+
+
+class Reads(ml.Analyzer[None]):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def points(self, model: Any) -> list[ml.Point]:
+        return [ml.Point(self.name, 0)]
+
+    def see(self, x: Tensor, point: ml.Point, batch: Any) -> None:
+        self.sum("n", len(x))
+
+    def result(self) -> None:
+        return None
+
+
+def test_positions_of_points_that_have_them_elsewhere(
+    shapes: Any, samples: list[ml.Sample]
+) -> None:
+    for name in ("attn.hook_pattern", "attn.hook_rot_q", "attn.hook_q", "hook_out"):
+        run(shapes, samples[:2], Reads(f"blocks.1.{name}"))
+    with pytest.raises(RuntimeError, match="reads logits sets needs_logits"):
+        run(shapes, samples[:2], Reads("unembed.hook_out"))
+    reader = Reads("unembed.hook_out")
+    reader.needs_logits = True
+    run(shapes, samples[:2], reader)

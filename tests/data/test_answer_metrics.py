@@ -107,7 +107,14 @@ def test_matching_of_strings() -> None:
         ("Answer: C", "C"),
         ("The correct answer is (C).", "C"),
         ("Cats", None),
-        ("I see C", "I"),
+        ("I see C", "C"),
+        ("I think the answer is B.", "B"),
+        ("The answer is **B**.", "B"),
+        ("Option B", "B"),
+        ("The correct answer is option (B)", "B"),
+        (r"\boxed{B}", "B"),
+        ("B and C", None),
+        ("The answer is a dog", None),
         ("", None),
         ("42", None),
     ],
@@ -115,6 +122,7 @@ def test_matching_of_strings() -> None:
 def test_letters_of_options(answer: str, letter: str | None) -> None:
     for option in "ABCDI":
         assert one("multiple_choice", answer, option) == (option == letter)
+        assert one("multiple_choice", answer, f" ({option.lower()})") == (option == letter)
         assert one("multiple_choice_published", answer, option) == (answer[:1] == option)
 
 

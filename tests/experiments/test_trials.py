@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import miner_lens as ml
+from miner_lens.experiments import asking
 from miner_lens.experiments.asking import Read
 from miner_lens.models import forcing
 from miner_lens.models.access import mlps
@@ -75,6 +77,65 @@ def test_an_answer_may_begin_right_and_go_on(shapes: Any, monkeypatch: pytest.Mo
     assert not found.correct[1].all()
     assert not exact.correct.any()
     np.testing.assert_array_equal(found.logprob, exact.logprob)
+
+
+@pytest.mark.parametrize(
+    ("write", "per_batch"), [(str.upper, 2), (" {}".format, 1), ("{}\n".format, 1)]
+)
+def test_case_and_surrounding_space_are_passed_over(
+    shapes: Any, write: Callable[[str], str], per_batch: int
+) -> None:
+    """As by `exact_match` of what is generated; the tokens are others than the model says."""
+    data = ml.datasets.load("easy-vqa", limit=6)
+    data = [replace(one, answers=write(one.answers[0])) for one in data]
+    conditions = [ml.Condition("intact"), ml.Condition("off", some_neurons(shapes, 0.6))]
+    for metric in ("exact", "begins"):
+        found = ml.trials(
+            shapes, data, conditions, 7, False, metric=metric, conditions_per_batch=per_batch
+        )
+        for row, condition in zip(found.correct, conditions, strict=True):
+            with condition.applied(shapes):
+                given = ml.answers(shapes, data, max_new_tokens=4)
+            expected = ml.metrics.exact_match(given, [one.answers for one in data])
+            assert row.tolist() == expected
+        assert found.correct[0].all()
+        assert not found.correct[1].all()
+
+
+def test_nothing_is_generated_where_the_tokens_tell(
+    shapes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    generate = asking.generate_from
+
+    def counting(model: Any, batch: Any, most: int) -> list[str]:
+        asked.append(len(batch["input_ids"]))
+        return generate(model, batch, most)
+
+    monkeypatch.setattr(asking, "generate_from", counting)
+    data = ml.datasets.load("easy-vqa", limit=6)
+    ml.trials(shapes, data, [ml.Condition("intact")], progress=False)
+    ml.trials(shapes, [replace(one, answers="zebra") for one in data], [ml.Condition("intact")])
+    assert not asked
+    upper = [replace(data[0], answers=data[0].answers[0].upper()), *data[1:]]
+    ml.trials(shapes, upper, [ml.Condition("intact")], progress=False)
+    assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "exact", "begins"),
+    [
+        (" Red", "red", True, True),
+        ("red.", "red", False, True),
+        ("Not sure", "no", False, False),
+        ("NO, blue", " no", False, True),
+        ("yes", "yes and no", False, False),
+    ],
+)
+def test_words_that_are_said(text: str, answer: str, exact: bool, begins: bool) -> None:
+    sample = ml.Sample((), answer)
+    assert asking.is_said(text, sample, "exact") == exact
+    assert asking.is_said(text, sample, "begins") == begins
 
 
 def test_logprob_is_that_of_the_whole_answer(shapes: Any) -> None:

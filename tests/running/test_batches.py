@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 import miner_lens as ml
 from miner_lens.models import access as models
@@ -17,7 +18,9 @@ from miner_lens.models import generation
 from miner_lens.models.collate import collate
 from miner_lens.running import passes
 from miner_lens.running.work import ahead
+from tests.families import TEXT, build
 from tests.models.test_audio import ask, clip, folder, hears  # noqa: F401 (fixtures)
+from tests.models.test_messages import tokenizer
 from tests.running.test_run import close, image_of, mine, sample
 
 
@@ -258,3 +261,45 @@ def test_samples_are_prepared_while_the_model_is_busy(
     assert len(busied) == len(data)
     assert threading.main_thread() not in threads
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_processor_that_makes_no_mask(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [
+        sample("words"),
+        sample("picture", image_of("blue")),
+        sample("more", {"type": "text", "text": "and " * 9}),
+    ]
+    expected = mine(shapes, samples)
+    answers = [ml.generate(shapes, one.messages, 4) for one in samples]
+    monkeypatch.setattr(shapes.processor.tokenizer, "model_input_names", ["input_ids"])
+    assert "attention_mask" not in shapes.processor.tokenizer("hello")
+    for batch_size in (1, 3, "auto"):
+        close(mine(shapes, samples, batch_size=batch_size), expected)
+    assert ml.generate(shapes, [list(one.messages) for one in samples], 4) == answers
+
+
+def test_a_tokenizer_that_makes_no_mask(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build("Qwen2ForCausalLM", **TEXT)
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    words.save_pretrained(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path, model_input_names=["input_ids"])
+    talks = [
+        [{"role": "user", "content": content}]
+        for content in ("is it red ?", "hello there how are you today my friend ?")
+    ]
+    tokens = [words.apply_chat_template(t, return_tensors="pt", return_dict=True) for t in talks]
+    assert all("attention_mask" not in one for one in tokens)
+    greedy = {"do_sample": False, "max_new_tokens": 4}
+    plain = [model.generate(one["input_ids"], **greedy)[0] for one in tokens]
+    ends = [
+        words.decode(row[one["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, one in zip(plain, tokens, strict=True)
+    ]
+    bridge = ml.wrap(model, words)
+    samples = [ml.Sample(one) for one in talks]
+    one, two = (ml.mine(bridge, samples, batch_size=n, progress=False) for n in (1, 2))
+    close(two, one)
+    assert ml.generate(bridge, talks, 4) == ends
+    assert bool(ml.inputs(bridge, talks[0])["attention_mask"].all())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import miner_lens as ml
 from miner_lens import files
 from miner_lens.data.signature import item_signature
 from miner_lens.models import access
+from miner_lens.running import work
 from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint
 from miner_lens.running.distributed import Ranks
 from miner_lens.running.work import Items, shard
@@ -559,3 +561,188 @@ def test_files_are_told_by_name_and_size(tmp_path: Path) -> None:
         return item_signature(ml.Sample([{"role": "user", "content": [part]}]))
 
     assert of("here") == of("there") != of("elsewhere")
+
+
+FACTOR = 2.0
+
+
+def doubled(module: Any, args: Any, output: Any) -> Any:
+    return output * FACTOR
+
+
+def added(x: torch.Tensor, hook: Any, vector: Any) -> torch.Tensor:
+    return x + vector
+
+
+def times(by: float) -> Any:
+    def multiply(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x * by
+
+    return multiply
+
+
+def within(function: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Steering:
+    def __call__(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x * 2
+
+    def forward(self, module: Any, args: Any, output: Any) -> Any:
+        return output * 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (times(1.0), times(3.0)),
+        (times(1.0), within(times(1.0))),
+        (lambda x, hook: x * 2, lambda x, hook: x * 3),
+        (lambda x, hook: x.sin(), lambda x, hook: x.cos()),
+        (partial(added, vector=torch.ones(())), partial(added, vector=torch.zeros(()))),
+        (within(times(2.0)), within(times(3.0))),
+    ],
+)
+def test_another_hook_is_another_experiment(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, one: Any, other: Any
+) -> None:
+    def run(*hooks: Any) -> Any:
+        with shapes.hooks(fwd_hooks=[("blocks.0.hook_out", hook) for hook in hooks]):
+            return mine(shapes, data[:2], tmp_path)
+
+    first = run(one)
+    same(run(one), first)
+    for hooks in ((other,), (), (one, other), (one, one)):
+        with pytest.raises(ValueError, match="holds another run: of other hooks"):
+            run(*hooks)
+
+
+def test_a_value_that_a_hook_looks_up(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = shapes.original_model.get_decoder().layers[1].mlp.register_forward_hook(doubled)
+    try:
+        first = mine(shapes, data[:2], tmp_path)
+        same(mine(shapes, data[:2], tmp_path), first)
+        monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+        with pytest.raises(ValueError, match="holds another run: of other hooks"):
+            mine(shapes, data[:2], tmp_path)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("model.visual.blocks.0", "forward_hook"),
+        ("model.visual.merger", "forward_pre_hook"),
+        ("lm_head", "full_backward_hook"),
+        ("", "forward_pre_hook"),
+    ],
+)
+def test_hooks_of_torch_are_part_of_the_experiment(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, part: str, kind: str
+) -> None:
+    mine(shapes, data[:2], tmp_path)
+    module = access.hf_model_of(shapes)
+    for name in filter(None, part.split(".")):
+        module = getattr(module, name)
+    handle = getattr(module, f"register_{kind}")(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="holds another run: of other hooks"):
+            mine(shapes, data[:2], tmp_path)
+    finally:
+        handle.remove()
+    mine(shapes, data[:2], tmp_path)
+
+
+def test_hooks_that_look_alike_are_refused(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    steering = Steering()
+    for hook in (steering, within(steering), times(object())):  # type: ignore[arg-type]
+        with (
+            shapes.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]),
+            pytest.raises(ValueError, match=r"hook on blocks\.0\.hook_out .* look alike"),
+        ):
+            mine(shapes, data[:2], tmp_path)
+    block = shapes.original_model.model.visual.blocks[0]
+    handle = block.register_forward_hook(steering.forward)
+    try:
+        with pytest.raises(ValueError, match=r"hook on model\.visual.* look alike"):
+            mine(shapes, data[:2], tmp_path)
+        mine(shapes, data[:2])  # without a checkpoint there is nothing to mistake
+    finally:
+        handle.remove()
+    assert not written(tmp_path)
+
+
+def test_what_says_itself_what_it_does(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    neurons = [ml.NeuronSet.of([(0, 1), (2, n)], shapes) for n in (3, 4)]
+
+    def run(number: int, folder: str) -> Any:
+        with shapes.hooks(fwd_hooks=ml.ablation_hooks(shapes, neurons[number])):
+            return mine(shapes, data[:2], tmp_path / folder)
+
+    same(run(0, "hooks"), run(0, "hooks"))
+    with pytest.raises(ValueError, match="holds another run: of other hooks"):
+        run(1, "hooks")
+    for modality in ("text", "special"):
+        with ml.knockout(shapes, modality):
+            same(mine(shapes, data[:2], tmp_path / modality), mine(shapes, data[:2]))
+            mine(shapes, data[:2], tmp_path / modality)
+    with pytest.raises(ValueError, match="other ablations"), ml.knockout(shapes, "text"):
+        mine(shapes, data[:2], tmp_path / "special")
+    with shapes.hooks(fwd_hooks=ml.ImportanceAnalyzer().hooks(shapes)):  # which only read
+        mine(shapes, data[:2], tmp_path / "read")
+    mine(shapes, data[:2], tmp_path / "read")
+    shapes.original_model.enable_input_require_grads()
+    mine(shapes, data[:2], tmp_path / "read")
+    shapes.original_model.disable_input_require_grads()
+
+
+def test_another_objective_is_another_experiment(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path
+) -> None:
+    def run(objective: Any) -> Any:
+        options = {"progress": False, "checkpoint": tmp_path, "objective": objective}
+        return ml.run(shapes, data[:2], ml.AttributionAnalyzer(), **options)  # type: ignore[arg-type]
+
+    def of(token: int) -> Any:
+        return lambda logits, batch: logits[:, -1, token]
+
+    run(of(3))
+    run(of(3))
+    for objective in (of(4), "answer", lambda logits, batch: logits[:, -2, 3]):
+        with pytest.raises(ValueError, match="holds another run: of other objective"):
+            run(objective)
+    with pytest.raises(ValueError, match="tell objective from another"):
+        run(within(Steering()))
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "transformer-lens", "miner-lens"])
+def test_other_versions_are_another_experiment(
+    shapes: Any,
+    data: list[ml.Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+) -> None:
+    mine(shapes, data[:2], tmp_path)
+    known = work.versions()
+    monkeypatch.setattr(work, "versions", lambda: known | {package: "0"})
+    with pytest.raises(ValueError, match="holds another run: of other versions"):
+        mine(shapes, data[:2], tmp_path)
+
+
+def test_autocast_is_another_experiment(shapes: Any, data: list[ml.Sample], tmp_path: Path) -> None:
+    mine(shapes, data[:2], tmp_path)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="holds another run: of other autocast"),
+    ):
+        mine(shapes, data[:2], tmp_path)
