@@ -92,12 +92,8 @@ class Run:
             for each in (list(samples), by_unit):
                 if len(each) == len(value):
                     (guessed if items is None else counted).append(each)
-        if len(value) == len(self.ids) and not counted:
-            # Each row has its own, unless some have several media and others none.
-            tokens = set(media_tokens(self._hf_model.config).values())
-            each_has = not any(tokens.isdisjoint(row) for row in self.tokens)
-            guessed = [list(range(len(value)))] if each_has else []
-        ways = counted or guessed
+        by_row = [list(range(len(value)))] if len(value) == len(self.ids) and self._each else []
+        ways = counted or guessed or by_row
         if not ways or any(way != ways[0] for way in ways):
             raise ValueError(
                 f"It is not known whose parts of {name!r} are which of the {len(self.ids)} rows "
@@ -119,9 +115,19 @@ class Run:
             if items is not None and items.tokens is not None:
                 yield items, owners(placeholders, items.tokens)
                 continue
-            count = len(inputs[MEDIA_INPUTS[modality]])
+            medium = inputs[MEDIA_INPUTS[modality]]
+            count = len(medium)
+            if count == len(self.ids) and medium.ndim > 4 and not self._each:
+                # These may be rows, each with so many media as the most have.
+                continue
             with suppress(ValueError):
                 yield None, owners(placeholders, [sum(placeholders) // count] * count)
+
+    @property
+    def _each(self) -> bool:
+        """Return True if there is a medium in each row."""
+        media = set(media_tokens(self._hf_model.config).values())
+        return not any(media.isdisjoint(tokens) for tokens in self.tokens)
 
 
 @dataclass(frozen=True)

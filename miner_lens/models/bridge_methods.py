@@ -26,8 +26,8 @@ CONTINUOUS = "init_continuous_batching"
 
 NOT_PACKED = (
     "Continuous batching needs attention that Hugging Face computes, and TransformerLens rebuilds "
-    "this model's. Answer with ml.generate, or take the model out with ml.unwrap(bridge); ml.ablate "
-    "takes the plain model as well."
+    "this model's. Answer with ml.generate, or take the model out with ml.unwrap(bridge): ml.ablate "
+    "takes it as it is."
 )
 OPEN = (
     "Compatibility mode changes weights and hooks of the model, and a context of miner-lens "
