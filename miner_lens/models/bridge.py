@@ -70,7 +70,7 @@ def wrap(
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    hf_model = bare(hf_model)
+    hf_model = hf_model_of(hf_model)
     architecture = type(hf_model).__name__
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
         raise ValueError(
@@ -135,6 +135,7 @@ def prepared_bridge(model: Any) -> Any:
     """
     bridge = bare(model)
     if not is_bridge(bridge):
+        hf_model_of(bridge)
         raise ValueError(
             f"A TransformerBridge is needed, not {type(bridge).__name__}: use ml.wrap(model)."
         )
