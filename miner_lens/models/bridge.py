@@ -82,6 +82,7 @@ def wrap(
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
+    modes = {module: module.training for module in hf_model.modules()}
     # A text model's processor is its tokenizer.
     tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
@@ -92,6 +93,8 @@ def wrap(
         tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    for module, mode in modes.items():  # TransformerLens gives all that of the model
+        module.training = mode
     _keep_attention(bridge, configs, before)
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
@@ -244,7 +247,6 @@ def prepare(bridge: Any) -> Any:
         return bridge
     from miner_lens.models.opening import open_towers
 
-    modes = {module: module.training for root in (bridge, hf_model) for module in root.modules()}
     blocks = list(bridge.blocks)
     mlps = [block.mlp for block in blocks if "mlp" in block._modules]
     added = [_attach_activation(mlp) or _attach_experts(mlp) for mlp in mlps]
@@ -263,17 +265,20 @@ def prepare(bridge: Any) -> Any:
     seen = PassInputs(of_bridge=True)
     seen.watch(hf_model)
     seen.handles += bridge_methods.install(bridge, hf_model)
-    for root in (bridge, hf_model):
-        for module in root.modules():
-            _give_mode(module, modes)
+    _give_modes(bridge, hf_model)
     return bridge
 
 
-def _give_mode(module: nn.Module, modes: dict[nn.Module, bool]) -> None:
-    """Train or evaluate what was added to a module as what it is around, or as that module."""
-    for child in module.children():
-        if child not in modes:
-            child.training = modes[child] = modes.get(plain(child), module.training)
+def _give_modes(bridge: Any, hf_model: nn.Module) -> None:
+    """Train or evaluate each component as what it is around, and what is in it as itself."""
+    found = (module for _, module in walk(hf_model))
+    # TransformerLens makes lists of its own, in the place of the model's.
+    modes = {one: one.training for one in found if not isinstance(one, nn.ModuleList)}
+    for module in (*bridge.modules(), *hf_model.modules()):
+        for child in module.children():
+            if child not in modes:
+                modes[child] = modes.get(plain(child), module.training)
+                child.training = modes[child]
 
 
 def _name_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,8 +26,8 @@ CONTINUOUS = "init_continuous_batching"
 
 NOT_PACKED = (
     "Continuous batching needs attention that Hugging Face computes, and TransformerLens rebuilds "
-    "this model's. Answer with ml.generate, or take the model out with ml.unwrap(bridge): ml.ablate "
-    "takes it as it is."
+    "this model's. Answer with ml.generate, or take the model out with ml.unwrap(bridge): "
+    "ml.ablate takes it as it is."
 )
 OPEN = (
     "Compatibility mode changes weights and hooks of the model, and a context of miner-lens "
@@ -200,7 +200,8 @@ def _longer(first: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     for name, value in first.items():
         if name in ("input_ids", "attention_mask", "position_ids", "use_cache"):
             continue
-        if isinstance(value, Tensor) and value.shape[:2] == before:
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if whole and value.shape[:2] == before:
             if value.ndim > 2:
                 raise ValueError(UNLIKE.format(name=name, shape=list(value.shape)))
             # Such as the kind of each token, which is text.
