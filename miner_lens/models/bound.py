@@ -85,7 +85,8 @@ class Run:
 
     def _part(self, name: str, value: Any, row: int) -> Any:
         """Return what is a row's of something that there is for media."""
-        counted, guessed = [], []
+        counted: list[list[int]] = []
+        guessed: list[list[int]] = []
         for items, samples in self._items(name):
             sizes = torch.tensor(items.sizes if items else [1] * len(samples))
             by_unit = torch.tensor(samples).repeat_interleave(sizes).tolist()
@@ -171,7 +172,8 @@ class Row:
         return moved
 
     def _of(self, name: str) -> Tensor:
-        return self.run.by_token[name][self.number]
+        values: Tensor = self.run.by_token[name][self.number]
+        return values
 
 
 class Bound:
@@ -300,12 +302,10 @@ class Bound:
         number = 0
         while number < len(rows):
             row = rows[number]
-            run = [] if row is None else row.run.ids
-            if row is not None and list(rows[number : number + len(run)]) == [
-                Row(row.run, one) for one in range(len(run))
-            ]:
+            whole = [] if row is None else [Row(row.run, one) for one in range(len(row.run.ids))]
+            if row is not None and list(rows[number : number + len(whole)]) == whole:
                 yield row.run.rest
-                number += len(run)
+                number += len(whole)
                 continue
             if row is not None and self._placeholders(row.tokens):
                 yield row.media

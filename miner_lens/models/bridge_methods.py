@@ -23,6 +23,8 @@ from miner_lens.models.structure import plain, way_to_decoder
 
 # By which a user asks transformers for continuous batching, in the end.
 CONTINUOUS = "init_continuous_batching"
+# By which TransformerLens has an MLP compute without its modules.
+PROCESSED = "_use_processed_weights"
 
 NOT_PACKED = (
     "Continuous batching needs attention that Hugging Face computes, and TransformerLens rebuilds "
@@ -105,7 +107,7 @@ def compute_by_activation(bridge: Any) -> None:
         if forward is JointGateUpMLPBridge.forward or (
             forward is GatedMLPBridge.forward and within
         ):
-            mlp._use_processed_weights = False
+            vars(mlp)[PROCESSED] = False
 
 
 def read_off_tokens(hf_model: Any) -> list[str]:
@@ -150,16 +152,18 @@ def _continue_positions(
     Hugging Face's generate passes them; without them the model would make one for each token of the
     mask.
     """
+    if not past_length(kwargs):
+        return None
     given = Call.of(hf_model, args, kwargs).arguments
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if given.get("position_ids") is not None or not isinstance(ids, Tensor):
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] <= ids.shape[1]:
         return None
-    past, pos = past_length(given), ids.shape[1]
+    past, pos = past_length(kwargs), ids.shape[1]
     kept = (vars(plain(module)).get("rope_deltas") for module in way_to_decoder(hf_model))
     offset = next((one for one in kept if one is not None), None)
-    if offset is None or not past or mask.shape[1] < past + pos:
+    if offset is None or mask.shape[1] < past + pos:
         return None
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + pos]
     offset = offset.reshape(-1, 1).to(positions.device)

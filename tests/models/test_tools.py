@@ -365,3 +365,29 @@ def test_generation(setting: Setting, state: Any, cached: bool) -> None:
     assert torch.equal(setting.bridge.generate(**setting.clean, **options), expected)
     with ml.bind(setting.bridge, setting.clean):
         assert torch.equal(setting.bridge.generate(setting.tokens, **options), expected)
+
+
+def test_hooks_at_the_activation_come_after_an_ablation(setting: Setting) -> None:
+    """Whichever was first; they read what it wrote, and what they write stays."""
+    bridge, seen = setting.bridge, []
+
+    def write(x: Tensor, hook: Any) -> Tensor:
+        seen.append(x[..., ::2].abs().max())
+        return torch.full_like(x, 0.5)
+
+    hooks = [("blocks.0.mlp.act.hook_out", write)]
+    acts = [layer.mlp.act_fn for layer in setting.ablated.get_decoder().layers]
+    handle = acts[0].register_forward_hook(lambda _, __, x: torch.full_like(x, 0.5))
+    intact_down = mlps(setting.intact)[0].down_proj.weight
+    ablated_down = mlps(setting.ablated)[0].down_proj.weight
+    kept = ablated_down.detach().clone()
+    with torch.no_grad():
+        ablated_down.copy_(intact_down)
+        expected = plain(setting.ablated, setting.clean)
+        with ml.ablate(bridge, setting.neurons):
+            close(bridge.run_with_hooks(**setting.clean, fwd_hooks=hooks), expected)
+        with bridge.hooks(fwd_hooks=hooks), ml.ablate(bridge, setting.neurons):
+            close(bridge(**setting.clean), expected)
+        ablated_down.copy_(kept)
+    handle.remove()
+    assert seen == [0, 0]
