@@ -87,14 +87,18 @@ class Run:
         """Return what is a row's of something that there is for media."""
         counted: list[list[int]] = []
         guessed: list[list[int]] = []
-        for items, samples in self._items(name):
+        inputs = self.rest | {"input_ids": self.ids}
+        present = [one for one, medium in MEDIA_INPUTS.items() if inputs.get(medium) is not None]
+        named = [one for one in present if one in name or MEDIA_INPUTS[one] == name] or present
+        for items, samples in self._items(named, inputs):
             sizes = torch.tensor(items.sizes if items else [1] * len(samples))
             by_unit = torch.tensor(samples).repeat_interleave(sizes).tolist()
             for each in (list(samples), by_unit):
                 if len(each) == len(value):
                     (guessed if items is None else counted).append(each)
-        by_row = [list(range(len(value)))] if len(value) == len(self.ids) and self._each else []
-        ways = counted or guessed or by_row
+        if len(value) == len(self.ids) and self._each_has(named):
+            guessed = guessed or [list(range(len(value)))]
+        ways = counted or guessed
         if not ways or any(way != ways[0] for way in ways):
             raise ValueError(
                 f"It is not known whose parts of {name!r} are which of the {len(self.ids)} rows "
@@ -103,32 +107,33 @@ class Run:
         mine = [place for place, sample in enumerate(ways[0]) if sample == row]
         return value[mine] if isinstance(value, Tensor) else [value[place] for place in mine]
 
-    def _items(self, name: str) -> Iterator[tuple[Items | None, tuple[int, ...]]]:
-        """The media that a part of the inputs may be of, and the row of each."""
-        inputs = self.rest | {"input_ids": self.ids}
-        present = [one for one, medium in MEDIA_INPUTS.items() if inputs.get(medium) is not None]
-        named = [one for one in present if one in name or MEDIA_INPUTS[one] == name]
-        tokens = media_tokens(self._hf_model.config)
-        for modality in named or present:
+    def _items(
+        self, modalities: Sequence[str], inputs: Inputs
+    ) -> Iterator[tuple[Items | None, tuple[int, ...]]]:
+        """Yield the media of modalities, None where they are not counted, and the row of each."""
+        for modality in modalities:
             encoder = self._hf_model.get_encoder(modality=modality)
             items = items_of(self._hf_model, encoder, inputs, modality)
-            placeholders = (self.ids == tokens[modality]).sum(-1).tolist()
+            placeholders = self._placeholders(modality)
             if items is not None and items.tokens is not None:
                 yield items, owners(placeholders, items.tokens)
                 continue
             medium = inputs[MEDIA_INPUTS[modality]]
             count = len(medium)
-            if count == len(self.ids) and medium.ndim > 4 and not self._each:
+            if count == len(self.ids) and medium.ndim > 4 and not self._each_has([modality]):
                 # These may be rows, each with so many media as the most have.
                 continue
             with suppress(ValueError):
-                yield None, owners(placeholders, [sum(placeholders) // count] * count)
+                yield None, owners(placeholders, [sum(placeholders) // max(1, count)] * count)
 
-    @property
-    def _each(self) -> bool:
-        """Return True if there is a medium in each row."""
-        media = set(media_tokens(self._hf_model.config).values())
-        return not any(media.isdisjoint(tokens) for tokens in self.tokens)
+    def _placeholders(self, modality: str) -> list[int]:
+        token = media_tokens(self._hf_model.config)[modality]
+        counts: list[int] = (self.ids == token).sum(-1).tolist()
+        return counts
+
+    def _each_has(self, modalities: Sequence[str]) -> bool:
+        """Return True if there are media of these modalities in each row."""
+        return all(all(self._placeholders(modality)) for modality in modalities)
 
 
 @dataclass(frozen=True)

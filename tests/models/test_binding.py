@@ -13,7 +13,9 @@ import miner_lens as ml
 from tests import families
 from tests.towers import (
     AUDIO,
+    END,
     IMAGE,
+    START,
     audio_inputs,
     audio_model,
     one_image,
@@ -336,3 +338,28 @@ def test_two_media_under_the_same_tokens(sample: Any, other: dict[str, Any]) -> 
     again = {name: value.clone() for name, value in inputs.items()}
     with ml.bind(model, inputs, again):  # equal media are no ambiguity
         assert torch.equal(logits(model, inputs["input"].clone()), pair[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_starting_later_where_layers_read_the_inputs(family: str) -> None:
+    """Masks by the kind of tokens, and features of pictures that are added in layers."""
+    model = getattr(families, family)()[0]
+    row = {"gemma3": [8, IMAGE, IMAGE, IMAGE, IMAGE, 9], "qwen3_vl": [8, START, IMAGE, END, 9]}
+    ids = torch.tensor([row[family]])
+    kinds = {"gemma3": "token_type_ids", "qwen3_vl": "mm_token_type_ids"}[family]
+    inputs: dict[str, Any] = {"input_ids": ids, kinds: (ids == IMAGE).int()}
+    if family == "gemma3":
+        inputs["pixel_values"] = torch.randn(1, 3, 8, 8)
+    else:
+        inputs |= {"pixel_values": torch.randn(4, 24), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    expected = logits(model, **inputs)
+    bridge = ml.wrap(model)
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    _, cache = bridge.run_with_cache(ids, **rest)
+    for layer in (0, 1):
+        residual = cache[f"blocks.{layer}.hook_in"].detach()
+        with ml.bind(bridge, inputs):
+            found = logits(bridge, residual, start_at_layer=layer)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        with pytest.raises(ValueError, match="start_at_layer goes on"):
+            logits(bridge, residual, start_at_layer=layer)
