@@ -32,12 +32,16 @@ def full_precision() -> Iterator[None]:
         ...     (ones @ ones.T).dtype
         torch.float32
     """
+    lowered = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    # The setting is one of the process. Where nobody has made it less it is left alone.
+    rounded = is_held(_KEY) or any(one.fp32_precision not in _FULL for one in _PRODUCTS)
+    if not lowered and not rounded:
+        yield
+        return
     with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        # The setting is one of the process. Where nobody has made it less it is left alone.
-        if any(products.fp32_precision not in _FULL for products in _PRODUCTS) or is_held(_KEY):
+        for device in lowered:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if rounded:
             stack.enter_context(held(_KEY, _full_products))
         yield
 

@@ -74,8 +74,8 @@ def test_rows_are_as_one_after_another(
     assert rows.conditions == alone.conditions
     np.testing.assert_allclose(rows.logprob, alone.logprob, atol=1e-5, rtol=0)
     np.testing.assert_array_equal(rows.correct, alone.correct)
-    # Ten conditions together, and one by itself.
-    assert sum(passes) == len(data) * len(mixed)
+    # Ten conditions together, and one by itself; and what is generated to decide an answer.
+    assert sum(passes) >= len(data) * len(mixed)
     assert max(passes) == min(together, 10) * batch_size
     # No two conditions do the same, but for the two that do nothing.
     assert len({tuple(row) for row in alone.logprob.round(4).tolist()}) == len(mixed) - 1

@@ -40,6 +40,10 @@ def shapes_path() -> str:
 OPTIONS: list[dict[str, Any]] = [{}, {"value": "0.7", "at": "text"}, {"value": "min"}]
 
 
+def hooks_of(model: Any) -> list[int]:
+    return [len(module._forward_hooks) for module in model.modules()]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_any_model_class(
     shapes: Any, shapes_path: str, options: dict[str, Any], tmp_path: Path
@@ -58,8 +62,9 @@ def test_any_model_class(
     written = [str(tmp_path / "neurons.safetensors"), str(tmp_path / "folder")]
     for given in [neurons] if options else written:
         model = kind(shapes_path, neurons=given, **options)
+        before = hooks_of(model.model)
         assert model.generate(sample.messages) == expected
-        assert not any(module._forward_hooks for module in model.model.get_decoder().modules())
+        assert hooks_of(model.model) == before
     foreign = ml.NeuronSet([(0, 1)], layers=1, neurons=2)
     with pytest.raises(ValueError, match="1 layers x 2 neurons"):
         kind(shapes_path, neurons=foreign)

@@ -46,7 +46,8 @@ def test_metrics_without_attention() -> None:
         data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
         full = ml.mine(bridge, data, site=site, progress=False)
         part = ml.mine(bridge, data, site=site, metrics=("prob", "mean", "max"), progress=False)
-        assert torch.equal(part.values[:3], full.values[:3])
+        # Other hooks, other kernels: bits may differ.
+        torch.testing.assert_close(part.values[:3], full.values[:3], atol=1e-6, rtol=0)
         assert not part.values[3:].any()
         assert full.values[3:].any()
 
@@ -202,14 +203,6 @@ def test_an_unknown_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = towers.vision_inputs()
     data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
     assert ml.mine(bridge, data, progress=False).values.any()
-
-
-@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
-def test_images_that_are_read_in_both_directions(name: str) -> None:
-    model, inputs = FAMILIES[name].make()
-    data = [(inputs, {"prompt": inputs["attention_mask"].bool()})]
-    with pytest.raises(ValueError, match="attend to later ones"):
-        ml.mine(ml.wrap(model), data, attention="causal", progress=False)
 
 
 def test_descriptions() -> None:

@@ -114,7 +114,9 @@ def test_factors_are_merged_as_they_were_learnt(model: Any) -> None:
         nn.init.normal_(parameter, std=0.1)
     assembly.merge(plain, smol.factors_of(model), 1.0)
     with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+        merged, learnt = (m(input_ids=ids).logits for m in (plain, model))
+    # Products of other sizes round differently, by processor.
+    torch.testing.assert_close(merged, learnt, atol=5e-5, rtol=1e-5)
 
 
 def _llama(model: Any) -> LlamaConfig:
