@@ -70,7 +70,7 @@ def wrap(
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    hf_model = bare(hf_model)
+    hf_model = hf_model_of(hf_model)
     architecture = type(hf_model).__name__
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
         raise ValueError(
@@ -82,6 +82,7 @@ def wrap(
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
+    modes = {module: module.training for module in hf_model.modules()}
     # A text model's processor is its tokenizer.
     tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
@@ -92,6 +93,8 @@ def wrap(
         tokenizer=None if is_mistral(tokenizer) else copy.deepcopy(tokenizer),
         model_name=model_name(hf_model),
     )
+    for module, mode in modes.items():  # TransformerLens gives all that of the model
+        module.training = mode
     _keep_attention(bridge, configs, before)
     after = [config._attn_implementation for config in configs]
     _attention_names[hf_model] = list(zip(configs, before, after, strict=True))
@@ -135,6 +138,7 @@ def prepared_bridge(model: Any) -> Any:
     """
     bridge = bare(model)
     if not is_bridge(bridge):
+        hf_model_of(bridge)
         raise ValueError(
             f"A TransformerBridge is needed, not {type(bridge).__name__}: use ml.wrap(model)."
         )
@@ -161,15 +165,16 @@ def unwrap(bridge: TransformerBridge) -> PreTrainedModel:
             f"unwrap needs a TransformerBridge, got {type(bridge).__name__}. A Hugging Face model "
             "that is in no bridge needs no unwrapping."
         )
-    from miner_lens.models import attention
+    from miner_lens.models import attention, bridge_methods
 
     hf_model = hf_model_of(bridge)
-    if any(getattr(module, "_use_processed_weights", False) for module in hf_model.modules()):
+    if getattr(bridge, "_weights_processed", False):
         raise ValueError(
             "This bridge is in compatibility mode with processed weights, and the former weights "
             "are gone. Load the model again."
         )
     attention.uninstall(bridge)
+    bridge_methods.uninstall(hf_model)
     for config, before, after in _attention_names.pop(hf_model, ()):
         if config._attn_implementation == after:  # or somebody has set another since
             config._attn_implementation = before
@@ -234,7 +239,7 @@ def prepare(bridge: Any) -> Any:
     bridge = bare(bridge)
     if not is_bridge(bridge):
         return bridge
-    from miner_lens.models import attention
+    from miner_lens.models import attention, bridge_methods
 
     hf_model = hf_model_of(bridge)
     if watching(hf_model):
@@ -257,8 +262,23 @@ def prepare(bridge: Any) -> Any:
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)
-    PassInputs(of_bridge=True).watch(hf_model)
+    seen = PassInputs(of_bridge=True)
+    seen.watch(hf_model)
+    seen.handles += bridge_methods.install(bridge, hf_model)
+    _give_modes(bridge, hf_model)
     return bridge
+
+
+def _give_modes(bridge: Any, hf_model: nn.Module) -> None:
+    """Train or evaluate each component as what it is around, and what is in it as itself."""
+    found = (module for _, module in walk(hf_model))
+    # TransformerLens makes lists of its own, in the place of the model's.
+    modes = {one: one.training for one in found if not isinstance(one, nn.ModuleList)}
+    for module in (*bridge.modules(), *hf_model.modules()):
+        for child in module.children():
+            if child not in modes:
+                modes[child] = modes.get(plain(child), module.training)
+                child.training = modes[child]
 
 
 def _name_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

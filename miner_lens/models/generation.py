@@ -244,12 +244,12 @@ def generate(
     max_new_tokens: int = 128,
     processor_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
-) -> str | list[str]:
+) -> str | list[str] | list[list[str]]:
     """Answer a conversation, or a batch of them, with all hooks and ablations live.
 
-    Greedy unless `options` say otherwise, and then token for token what plain Hugging Face
-    generation gives. (`TransformerBridge.generate` cannot be used: it feeds the pixels again at
-    each step.) Where TransformerLens rebuilds attention no cache can be used, which takes longer.
+    Greedy unless `options` say otherwise, and token for token what plain Hugging Face generation
+    gives. TransformerLens's `model.generate(**ml.inputs(model, messages))` takes its own options,
+    samples unless told otherwise, and returns tokens, prompt included; greedy, they are the same.
 
     Args:
         model: A bridge with a processor.
@@ -259,24 +259,37 @@ def generate(
         options: Passed on to Hugging Face's `generate`.
 
     Returns:
-        The answer, or one answer for each conversation.
+        The answer, or one answer for each conversation. Where there are several to each
+        (`num_return_sequences`), a list of them in the place of each answer.
     """
     if not messages:
         raise ValueError("There is no message to answer.")
     single = isinstance(messages[0], dict)
     conversations: Any = [messages] if single else messages
     batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
+    config = options.get("generation_config") or hf_model_of(model).generation_config
+    options.setdefault("num_return_sequences", config.num_return_sequences or 1)
     answers = generate_from(model, batch, max_new_tokens, **options)
-    return answers[0] if single else answers
+    each = len(answers) // len(conversations)
+    if each == 1:
+        return answers[0] if single else answers
+    lists = [answers[first : first + each] for first in range(0, len(answers), each)]
+    return lists[0] if single else lists
 
 
 def generate_from(
     model: Any, batch: Inputs, max_new_tokens: int = 128, **options: Any
 ) -> list[str]:
-    """Answer conversations that `prepare_inputs` has rendered; see `generate`."""
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
+    """Answer conversations that `prepare_inputs` has rendered; see `generate`.
+
+    There is one answer to each, unless options ask for more, which follow each other.
+    """
+    common = {"do_sample": False, "max_new_tokens": max_new_tokens, "num_return_sequences": 1}
+    options = common | options
     with torch.no_grad():
         tokens = hf_model_of(model).generate(**batch, **options)
+    # With scores, say, beside them.
+    tokens = getattr(tokens, "sequences", tokens)
     new = tokens[:, batch["input_ids"].shape[1] :]
     answers: list[str] = processor_of(model).batch_decode(new, skip_special_tokens=True)
     return answers

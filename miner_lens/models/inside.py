@@ -41,10 +41,16 @@ def hf_model_of(model: Any) -> Any:
     """The Hugging Face model inside a bridge and any wrappers, or the model itself.
 
     Raises:
-        ValueError: The model was taken out of this bridge.
+        ValueError: This is neither, or the model was taken out of this bridge.
     """
     model = bare(model)
     if not is_bridge(model):
+        if not hasattr(model, "get_decoder"):
+            raise ValueError(
+                "Expected a TransformerBridge or a Hugging Face model, got "
+                f"{type(model).__name__}. Load one with ml.load, or wrap a Hugging Face model with "
+                "ml.wrap; TransformerLens's HookedRootModule has none inside."
+            )
         return model
     if model in _retired:
         _refuse()

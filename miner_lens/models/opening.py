@@ -45,7 +45,7 @@ def open_towers(bridge: Any, hf_model: Any) -> bool:
             component, _ = nearest(bridge, hf_model, layer.attention)
             for name in HOOKS:
                 if not hasattr(component, name):
-                    component.add_module(name, HookPoint().train(component.training))
+                    component.add_module(name, HookPoint())
                     getattr(component, name).hook_conversion = HeadsLast()
                     added = True
     return added

@@ -228,11 +228,6 @@ class Decoder(Site):
             ValueError: A layer has no gated MLP, or weights were folded by compatibility mode,
                 which computes the MLP without its activation module.
         """
-        if not hasattr(hf_model, "get_decoder"):
-            raise ValueError(
-                "Expected a TransformerBridge or a Hugging Face model, got "
-                f"{type(hf_model).__name__}."
-            )
         decoder = decoder_of(hf_model)
         # GPT-2 and its kin call their layers h; they have no gated MLPs, and the error says so.
         layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
@@ -269,10 +264,10 @@ def _gated(hf_model: Any, index: int, layer: Any) -> MLP:
         )
     if getattr(mlp, "_use_processed_weights", False):
         raise ValueError(
-            "This bridge is in compatibility mode with processed weights, which computes the "
-            "MLP without its activation module, so neurons can be neither read nor switched "
-            "off. Use the bridge without enable_compatibility_mode(), or with "
-            "enable_compatibility_mode(no_processing=True)."
+            "This bridge is in compatibility mode with processed weights, and computes this MLP "
+            "without its activation module, so neurons can be neither read nor switched off. Use "
+            "the bridge without enable_compatibility_mode(), or with no_processing=True; or bake "
+            "an ablation (ml.bake), load that checkpoint, and enable the mode there."
         )
     return MLP(plain(activation), gate, mlp.down_proj)
 

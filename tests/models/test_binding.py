@@ -10,7 +10,18 @@ import torch
 from transformer_lens import patching
 
 import miner_lens as ml
-from tests.towers import AUDIO, IMAGE, audio_inputs, audio_model, vision_inputs, vision_model
+from tests import families
+from tests.towers import (
+    AUDIO,
+    END,
+    IMAGE,
+    START,
+    audio_inputs,
+    audio_model,
+    one_image,
+    vision_inputs,
+    vision_model,
+)
 
 
 def logits(model: Any, *args: Any, **inputs: Any) -> torch.Tensor:
@@ -71,6 +82,7 @@ def test_tokens_alone_are_enough(kind: str, wrapped: bool) -> None:
     make, make_inputs = KINDS[kind]
     plain, inputs = make(), make_inputs()
     model = ml.wrap(plain) if wrapped else plain
+    hooks = len(plain._forward_pre_hooks)
     model.modality_layout = ml.ModalityLayout({"image": IMAGE, "video": 91, "audio": AUDIO})
     ids = inputs["input_ids"]
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -89,7 +101,7 @@ def test_tokens_alone_are_enough(kind: str, wrapped: bool) -> None:
             cached, _ = model.run_with_cache(ids)  # which computes attention patterns
             torch.testing.assert_close(cached, expected, atol=1e-5, rtol=0)
     assert torch.equal(logits(plain, **inputs), expected)
-    assert len(plain._forward_pre_hooks) == wrapped
+    assert len(plain._forward_pre_hooks) == hooks
 
 
 def test_other_tokens(sample: Any) -> None:
@@ -222,8 +234,8 @@ def test_refusals(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with ml.bind(model, inputs):
         with pytest.raises(ValueError, match=r"17 placeholders of image .* bound 16\."):
             logits(model, torch.cat([ids, ids.new_tensor([[image]])], 1))
-        with pytest.raises(ValueError, match="16, 0 placeholders of image"):
-            logits(model, torch.cat([ids, torch.full_like(ids, 5)]))
+        beside_text = logits(model, torch.cat([torch.full_like(ids, 5), ids]))
+        torch.testing.assert_close(beside_text[1:], logits(model, ids), atol=1e-5, rtol=0)
     padded = dict(inputs, attention_mask=inputs["attention_mask"].clone())
     padded["attention_mask"][:, 0] = 0
     with pytest.raises(ValueError, match=r"without padding.* one sample at a time"):
@@ -241,3 +253,113 @@ def test_copies_are_bound_to_nothing(sample: Any) -> None:
         copied = copy.deepcopy(model)
     assert torch.equal(logits(copied, inputs["input"]), logits(model, inputs["input"]))
     assert torch.equal(logits(copied, **inputs), logits(model, **inputs))
+
+
+ORDERS = ([0, 1, 2], [2, 0, 1], [0, 0, 2], [2], [1, 2], [0, 1, 2, 0, 1, 2], [1])
+
+
+def unpadded(family: str) -> tuple[Any, dict[str, Any]]:
+    """Three prompts with two media, none and one; text in the place of padding."""
+    model, inputs = getattr(families, family)()
+    padding = inputs["attention_mask"] == 0
+    ids = inputs["input_ids"].masked_fill(padding, 7)
+    return model, inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_audio", "llava", "llava_next", "gemma3"])
+def test_rows_have_their_own_media(family: str) -> None:
+    """Shuffled, repeated and in parts, as tools pass them."""
+    model, inputs = unpadded(family)
+    ids, expected = inputs["input_ids"], logits(model, **inputs)
+    bridge = ml.wrap(model)
+    with ml.bind(bridge, inputs):
+        for order in ORDERS:
+            found = logits(bridge, ids[torch.tensor(order)])
+            torch.testing.assert_close(found, expected[order], atol=2e-5, rtol=0)
+        first = ids.clone()
+        ids[0] = ids[2]  # the owner may write into tensors
+        found = logits(bridge, ids)
+        torch.testing.assert_close(found, expected[[2, 1, 2]], atol=2e-5, rtol=0)
+        ids[:] = first
+    torch.testing.assert_close(logits(model, **inputs), expected, atol=2e-5, rtol=0)
+
+
+def test_media_that_may_be_of_rows_or_of_a_heap() -> None:
+    """Five axes are tiles of an image, or images of a row of which some are filled up."""
+    model, inputs = unpadded("llava")
+    inputs["pixel_values"] = inputs["pixel_values"][:, None]
+    bridge = ml.wrap(model)
+    with ml.bind(bridge, inputs):
+        for order in ([1, 2, 0], [0]):
+            with pytest.raises(ValueError, match=r"whose parts of 'pixel_values'.*\*inputs"):
+                logits(bridge, inputs["input_ids"][order])
+
+
+def test_several_inputs_of_different_length() -> None:
+    inputs, model = one_image(), vision_model()
+    more = unpadded_images()
+    bridge = ml.wrap(model)
+    expected = [logits(model, **one) for one in (inputs, more)]
+    with ml.bind(bridge, inputs, more):
+        for one, wanted in zip((inputs, more), expected, strict=True):
+            ids = one["input_ids"]
+            assert torch.equal(logits(bridge, ids), wanted)
+            torch.testing.assert_close(logits(bridge, ids[-1:]), wanted[-1:], atol=1e-5, rtol=0)
+        # Padded by the tool, which says so.
+        ids = torch.tensor([[0, *inputs["input_ids"][0]], more["input_ids"][1].tolist()])
+        mask = (ids != 0).long()
+        found = logits(bridge, ids, attention_mask=mask)
+    torch.testing.assert_close(found[:1, 1:], expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1:], expected[1][1:], atol=1e-5, rtol=0)
+
+
+def test_two_media_under_the_same_tokens(sample: Any, other: dict[str, Any]) -> None:
+    model, inputs = sample
+    pair = [logits(model, **one) for one in (inputs, other)]
+    with ml.bind(model, inputs, other):
+        for one, expected in zip((inputs, other), pair, strict=True):
+            assert torch.equal(logits(model, one["input"]), expected)
+            assert torch.equal(logits(model, one["input"][0:1]), expected)
+            twice = logits(model, one["input"].expand(2, -1))
+            torch.testing.assert_close(twice, expected.expand(2, -1, -1), atol=1e-5, rtol=0)
+        for tokens in (inputs["input"].clone(), torch.cat([inputs["input"], other["input"]])):
+            with pytest.raises(ValueError, match=r"Row 0 .* several rows .* no copies"):
+                logits(model, tokens)
+    both = {name: torch.cat([inputs[name], other[name]]) for name in inputs}
+    with ml.bind(model, both):
+        found = logits(model, both["input"])
+        torch.testing.assert_close(found, torch.cat(pair), atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(model, both["input"][1:]), pair[1], atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match="several rows"):
+            logits(model, both["input"].flip(0))
+    shared = {**other, "input": inputs["input"]}
+    with ml.bind(model, inputs, shared), pytest.raises(ValueError, match="a tensor of its own"):
+        logits(model, inputs["input"])
+    again = {name: value.clone() for name, value in inputs.items()}
+    with ml.bind(model, inputs, again):  # equal media are no ambiguity
+        assert torch.equal(logits(model, inputs["input"].clone()), pair[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_starting_later_where_layers_read_the_inputs(family: str) -> None:
+    """Masks by the kind of tokens, and features of pictures that are added in layers."""
+    model = getattr(families, family)()[0]
+    row = {"gemma3": [8, IMAGE, IMAGE, IMAGE, IMAGE, 9], "qwen3_vl": [8, START, IMAGE, END, 9]}
+    ids = torch.tensor([row[family]])
+    kinds = {"gemma3": "token_type_ids", "qwen3_vl": "mm_token_type_ids"}[family]
+    inputs: dict[str, Any] = {"input_ids": ids, kinds: (ids == IMAGE).int()}
+    if family == "gemma3":
+        inputs["pixel_values"] = torch.randn(1, 3, 8, 8)
+    else:
+        inputs |= {"pixel_values": torch.randn(4, 24), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    expected = logits(model, **inputs)
+    bridge = ml.wrap(model)
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    _, cache = bridge.run_with_cache(ids, **rest)
+    for layer in (0, 1):
+        residual = cache[f"blocks.{layer}.hook_in"].detach()
+        with ml.bind(bridge, inputs):
+            found = logits(bridge, residual, start_at_layer=layer)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        with pytest.raises(ValueError, match="start_at_layer goes on"):
+            logits(bridge, residual, start_at_layer=layer)

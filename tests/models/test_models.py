@@ -257,14 +257,6 @@ def test_model_without_gated_mlps() -> None:
         ml.mine(bridge, data, progress=False)
 
 
-def test_processed_weights_are_refused() -> None:
-    config = llama_config(layers=1)
-    bridge = ml.wrap(LlamaForCausalLM(config).eval())
-    bridge.enable_compatibility_mode()
-    with pytest.raises(ValueError, match="compatibility mode"):
-        models.mlps(bridge)
-
-
 def test_wrapping_twice(tiny: Any) -> None:
     with pytest.raises(ValueError, match="inside a TransformerBridge already"):
         ml.wrap(tiny.original_model)

@@ -1,0 +1,214 @@
+"""Methods of TransformerLens and transformers that a wrapped model has of its own.
+
+They do what those of the class do, where that is right for multimodal models, and refuse the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from miner_lens.models import attention
+from miner_lens.models.collate import brings_media
+from miner_lens.models.forward_pass import Call, past_length
+from miner_lens.models.hook import ContextHook
+from miner_lens.models.inside import hf_model_of
+from miner_lens.models.structure import plain, way_to_decoder
+
+# By which a user asks transformers for continuous batching, in the end.
+CONTINUOUS = "init_continuous_batching"
+# By which TransformerLens has an MLP compute without its modules.
+PROCESSED = "_use_processed_weights"
+
+NOT_PACKED = (
+    "Continuous batching needs attention that Hugging Face computes, and TransformerLens rebuilds "
+    "this model's. Answer with ml.generate, or take the model out with ml.unwrap(bridge): "
+    "ml.ablate takes it as it is."
+)
+OPEN = (
+    "Compatibility mode changes weights and hooks of the model, and a context of miner-lens "
+    "(ml.ablate, ml.bind) is open on it. Close it, or call enable_compatibility_mode first."
+)
+NO_START = (
+    "start_at_layer goes on from a residual stream, and this model makes its positions or its mask "
+    "from tokens and media, which are not known here. Open ml.bind(model, inputs) around the call, "
+    "with the inputs that the residual stream was made of, or pass {wanted}."
+)
+UNLIKE = (
+    "Without a cache, model.generate passes media and all that there is for each token at every "
+    "step, and {name} of shape {shape} may say something of each token. Use ml.generate, or "
+    "use_past_kv_cache=True."
+)
+
+
+def install(bridge: Any, hf_model: Any) -> list[Any]:
+    """Give a bridge and its model their own methods; returns handles of the hooks this needs."""
+    bridge.generate = MethodType(generate, bridge)
+    bridge.enable_compatibility_mode = MethodType(enable_compatibility_mode, bridge)
+    compute_by_activation(bridge)
+    if attention.rebuilt(attention.attentions_of(bridge)) and hasattr(hf_model, CONTINUOUS):
+        vars(hf_model)[CONTINUOUS] = _refuse_packed
+    return [
+        hf_model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        for hook in (_continue_positions, _refuse_start)
+        if read_off_tokens(hf_model)
+    ]
+
+
+def uninstall(hf_model: Any) -> None:
+    """Leave the model its class's methods."""
+    vars(hf_model).pop(CONTINUOUS, None)
+
+
+def generate(bridge: Any, *args: Any, **kwargs: Any) -> Any:
+    """Sample tokens as TransformerBridge.generate does, media being seen at each step."""
+    with _media_at_each_step(hf_model_of(bridge)):
+        return type(bridge).generate(bridge, *args, **kwargs)
+
+
+def enable_compatibility_mode(bridge: Any, *args: Any, **kwargs: Any) -> None:
+    """Process weights as TransformerLens does, MLPs calling their activation module still.
+
+    Raises:
+        ValueError: An ablation of the model, or media that are bound to it, are open.
+    """
+    if any(isinstance(hook, ContextHook) for hook in _hooks(hf_model_of(bridge))):
+        raise ValueError(OPEN)
+    type(bridge).enable_compatibility_mode(bridge, *args, **kwargs)
+    compute_by_activation(bridge)
+
+
+def compute_by_activation(bridge: Any) -> None:
+    """Have gated MLPs with processed weights compute through their activation module again.
+
+    The processed weights are in their projections, so that this gives what TransformerLens's own
+    functional path gives.
+    """
+    from transformer_lens.model_bridge.generalized_components import (
+        GatedMLPBridge,
+        JointGateUpMLPBridge,
+    )
+
+    for block in bridge.blocks:
+        mlp = block._modules.get("mlp")
+        if mlp is None or "act" not in mlp._modules:
+            continue
+        # The one computes through Hugging Face's module, the other through its own projections.
+        inside = list(plain(mlp)._modules.values())
+        projections = [mlp._modules.get(name) for name in ("gate", "in", "out")]
+        within = all(any(one is child for child in inside) for one in projections)
+        forward = type(mlp).forward
+        if forward is JointGateUpMLPBridge.forward or (
+            forward is GatedMLPBridge.forward and within
+        ):
+            vars(mlp)[PROCESSED] = False
+
+
+def read_off_tokens(hf_model: Any) -> list[str]:
+    """Return the arguments that say what a model otherwise makes from tokens and media.
+
+    These are positions of multimodal RoPE, and kinds of tokens for a mask.
+    """
+    rope = any(hasattr(plain(module), "get_rope_index") for module in way_to_decoder(hf_model))
+    takes = inspect.signature(hf_model.forward).parameters
+    return ["position_ids"] * rope + [name for name in takes if name.endswith("token_type_ids")]
+
+
+def starts_later(hf_model: Any) -> bool:
+    """Return True if TransformerLens has been told to go on from a residual stream."""
+    return any(vars(module).get("_start_at_layer_idx") is not None for module in hf_model.modules())
+
+
+def _hooks(hf_model: nn.Module) -> Iterator[Any]:
+    for module in hf_model.modules():
+        yield from module._forward_pre_hooks.values()
+        yield from module._forward_hooks.values()
+
+
+def _refuse_packed(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(NOT_PACKED)
+
+
+def _refuse_start(hf_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of a model that makes positions or masks from the tokens."""
+    if kwargs.get("inputs_embeds") is None or not starts_later(hf_model):
+        return
+    wanted = read_off_tokens(hf_model)[0]
+    if kwargs.get(wanted) is None:
+        raise ValueError(NO_START.format(wanted=wanted))
+
+
+def _continue_positions(
+    hf_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook: positions where a pass goes on with a cache and a mask of the past too.
+
+    Hugging Face's generate passes them; without them the model would make one for each token of the
+    mask.
+    """
+    if not past_length(kwargs):
+        return None
+    given = Call.of(hf_model, args, kwargs).arguments
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if given.get("position_ids") is not None or not isinstance(ids, Tensor):
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] <= ids.shape[1]:
+        return None
+    past, pos = past_length(kwargs), ids.shape[1]
+    kept = (vars(plain(module)).get("rope_deltas") for module in way_to_decoder(hf_model))
+    offset = next((one for one in kept if one is not None), None)
+    if offset is None or mask.shape[1] < past + pos:
+        return None
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + pos]
+    offset = offset.reshape(-1, 1).to(positions.device)
+    positions = positions + offset.repeat_interleave(len(positions) // len(offset), dim=0)
+    return args, kwargs | {"position_ids": positions.expand(3, *positions.shape)}
+
+
+@contextmanager
+def _media_at_each_step(hf_model: Any) -> Iterator[None]:
+    """Have passes without a cache bring the media of the first one, with more tokens."""
+    first: dict[str, Any] = {}
+
+    def complete(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = Call.of(module, args, kwargs).arguments
+        ids = given.get("input_ids")
+        if not first:
+            first.update(given)
+            return None
+        if not isinstance(ids, Tensor) or past_length(given) or not brings_media(first):
+            return None
+        return args, _longer(first, ids) | kwargs
+
+    handle = hf_model.register_forward_pre_hook(
+        ContextHook(complete), with_kwargs=True, prepend=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _longer(first: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """What a pass was given beside token ids, mask and positions, for these longer ids."""
+    before = first["input_ids"].shape
+    rest = {}
+    for name, value in first.items():
+        if name in ("input_ids", "attention_mask", "position_ids", "use_cache"):
+            continue
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if whole and value.shape[:2] == before:
+            if value.ndim > 2:
+                raise ValueError(UNLIKE.format(name=name, shape=list(value.shape)))
+            # Such as the kind of each token, which is text.
+            value = torch.nn.functional.pad(value, (0, ids.shape[1] - before[1]))
+        rest[name] = value
+    return rest
