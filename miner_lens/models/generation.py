@@ -260,21 +260,43 @@ def generate(
 
     Returns:
         The answer, or one answer for each conversation. Where there are several to each
-        (`num_return_sequences`), a list of them in the place of each answer.
+        (`num_return_sequences`, with `do_sample=True` or as many beams), a list of them in the
+        place of each answer.
+
+    Raises:
+        ValueError: The messages are no conversation, or the number of answers is below 1.
+        SampleError: A medium cannot be read, or the processor refuses a conversation.
     """
-    if not messages:
-        raise ValueError("There is no message to answer.")
-    single = isinstance(messages[0], dict)
-    conversations: Any = [messages] if single else messages
+    single, conversations = _conversations(messages)
     batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
     config = options.get("generation_config") or hf_model_of(model).generation_config
-    options.setdefault("num_return_sequences", config.num_return_sequences or 1)
+    count = options.setdefault("num_return_sequences", config.num_return_sequences or 1)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_return_sequences must be a whole number from 1 on, not {count!r}.")
     answers = generate_from(model, batch, max_new_tokens, **options)
     each = len(answers) // len(conversations)
     if each == 1:
         return answers[0] if single else answers
     lists = [answers[first : first + each] for first in range(0, len(answers), each)]
     return lists[0] if single else lists
+
+
+def _conversations(messages: Any) -> tuple[bool, list[Any]]:
+    """Return True for a single conversation, and the conversations.
+
+    Raises:
+        ValueError: They are none.
+    """
+    several = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if several and messages and isinstance(messages[0], Mapping):
+        return True, [messages]
+    lists = several and all(isinstance(m, Sequence) and not isinstance(m, str) for m in messages)
+    if lists and messages:
+        return False, list(messages)
+    raise ValueError(
+        "messages must be a conversation, [{'role': 'user', 'content': ...}, ...], or a list of "
+        f"conversations, not {messages!r:.80}. Of a sample, give sample.messages."
+    )
 
 
 def generate_from(

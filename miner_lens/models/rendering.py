@@ -55,10 +55,11 @@ def require_parts(messages: Sequence[Message], opened: Sequence[Message]) -> Non
         for part, before in zip(_parts(message), _parts(original), strict=True):
             kind = part["type"]
             if kind not in PARTS:
-                (near,) = difflib.get_close_matches(str(kind), PARTS, n=1, cutoff=0.0)
+                near = difflib.get_close_matches(str(kind), PARTS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise SampleError(
                     f"A part of the {message['role']} message has the type {kind!r}, which nobody "
-                    f"reads. Did you mean {near!r}? There are {', '.join(PARTS)}."
+                    f"reads.{hint} There are {', '.join(PARTS)}."
                 )
             if kind == "text" and not isinstance(part.get("text"), str):
                 raise SampleError(f"A part of type 'text' needs a text, not {part!r:.100}.")

@@ -312,3 +312,16 @@ def test_a_tokenizer_of_mistral(tmp_path: Path) -> None:
         scores = ml.mine(bridge, [ml.Sample(messages)], progress=False, site=site)
         assert scores["audio"].any()
     assert {0, 1, 2, 25} <= access.layout(bridge).special
+
+
+@pytest.mark.parametrize("messages", ["hello", {"role": "user"}, [], ["hello"], None, 3])
+def test_what_is_no_conversation_is_refused(shapes: Any, messages: Any) -> None:
+    with pytest.raises(ValueError, match="messages must be a conversation"):
+        ml.generate(shapes, messages)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_a_number_of_answers_is_a_whole_number(shapes: Any, count: Any) -> None:
+    messages = [{"role": "user", "content": "what color is it?"}]
+    with pytest.raises(ValueError, match="num_return_sequences must be a whole number"):
+        ml.generate(shapes, messages, 2, num_return_sequences=count)
