@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -173,8 +173,12 @@ def _continue_positions(
 
 @contextmanager
 def _media_at_each_step(hf_model: Any) -> Iterator[None]:
-    """Have passes without a cache bring the media of the first one, with more tokens."""
+    """Have passes without a cache bring the media of the first one, with more tokens.
+
+    What asks to be told of Hugging Face's prompts (attention that is cut) is told of this one too.
+    """
     first: dict[str, Any] = {}
+    announce = getattr(vars(hf_model).get("generate"), "announce", None)
 
     def complete(
         module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,18 +187,18 @@ def _media_at_each_step(hf_model: Any) -> Iterator[None]:
         ids = given.get("input_ids")
         if not first:
             first.update(given)
+            if announce is not None and isinstance(ids, Tensor):
+                open_.enter_context(announce(ids.shape[1]))
             return None
         if not isinstance(ids, Tensor) or past_length(given) or not brings_media(first):
             return None
         return args, _longer(first, ids) | kwargs
 
-    handle = hf_model.register_forward_pre_hook(
-        ContextHook(complete), with_kwargs=True, prepend=True
-    )
-    try:
+    hook = ContextHook(complete)
+    with ExitStack() as open_:
+        handle = hf_model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        open_.callback(handle.remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _longer(first: dict[str, Any], ids: Tensor) -> dict[str, Any]:

@@ -128,14 +128,20 @@ class _Prompts:
         named = _named(self.generate, args, kwargs)
         texts = (named.get(name) for name in ("inputs", "input_ids", "attention_mask"))
         lengths = [one.shape[1] for one in texts if isinstance(one, Tensor) and one.ndim == 2]
+        with self.announce(max(lengths, default=None)):
+            return self.generate(*args, **kwargs)
+
+    @contextmanager
+    def announce(self, length: int | None) -> Iterator[None]:
+        """Have a prompt of so many tokens generated from, by whichever loop."""
         before = [(cut, cut.announced) for cut in self.cuts]
         for cut in self.cuts:
-            cut.announced = max(lengths, default=None)
+            cut.announced = length
         try:
-            return self.generate(*args, **kwargs)
+            yield
         finally:
-            for cut, length in before:
-                cut.announced = length
+            for cut, former in before:
+                cut.announced = former
 
 
 class _Cut:

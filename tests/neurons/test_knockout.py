@@ -10,6 +10,7 @@ from torch import Tensor
 
 import miner_lens as ml
 from miner_lens.models import access
+from tests import families
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,21 @@ def test_what_cannot_be(shapes: Any, samples: Any) -> None:
     embedded = torch.zeros(1, 4, 128)
     with pytest.raises(ValueError, match="called with input_ids"), ml.knockout(shapes, "image"):
         decoder(inputs_embeds=embedded, position_ids=torch.arange(4).expand(3, 1, 4))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_the_loop_of_transformer_lens_cuts_what_hugging_face_s_does(family: str) -> None:
+    model, inputs = getattr(families, family)()
+    bridge = ml.wrap(model)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    given = {"input" if name == "input_ids" else name: value for name, value in inputs.items()}
+    with ml.knockout(bridge, "image"):
+        expected = model.generate(
+            **inputs, **options, eos_token_id=None, return_dict_in_generate=True
+        ).logits
+        for cached in (True, False):
+            found = bridge.generate(
+                **given, **options, stop_at_eos=False, verbose=False, use_past_kv_cache=cached
+            ).logits
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
