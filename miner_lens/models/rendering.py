@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from typing import Any, NoReturn
 
@@ -240,7 +241,9 @@ def _taken(template: Template, messages: Sequence[Message]) -> tuple[Conversatio
 
 
 def _explain(template: Template, messages: Sequence[Message], unread: Message) -> NoReturn:
-    """Say what a chat template has no place for."""
+    """Say what a chat template has no place for, in its own words where it has some."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        template(messages)
     for at, part in _media(messages):
         texts = [[part for part in _parts(m) if part["type"] == "text"] for m in messages]
         pairs = zip(messages, texts, strict=True)
