@@ -1,13 +1,21 @@
-"""What installed packages add, which they name as entry points."""
+"""Which packages are installed, and what they add, which they name as entry points."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# Hooks of ours only read, or say what they do, as ablations that are open are noted with the model.
+OURS = ("miner_lens", "miner_lens_adapters")
+# What these put onto modules by themselves is a part of the model; their versions tell it.
+UPSTREAM = ("torch", "transformers", "transformer_lens", "accelerate", "peft")
 
 
 def find(what: str, name: str, own: Mapping[str, T], group: str, otherwise: str = "") -> T:
@@ -62,3 +70,28 @@ def versions() -> dict[str, str]:
     """Of the packages that scores depend on."""
     packages = ("miner-lens", "transformer-lens", "transformers", "torch")
     return {package: _version(package) for package in packages}
+
+
+def is_installed(module: str) -> bool:
+    """Tell a module of Python or of an installed package from the user's own.
+
+    Example:
+        >>> is_installed("torch.nn"), is_installed("json"), is_installed("__main__")
+        (True, True, False)
+    """
+    return _is_installed(module.partition(".")[0])
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    if package in (*OURS, *UPSTREAM) or package in sys.stdlib_module_names:
+        return True
+    if package == "__main__":  # also under a launcher that is installed
+        return False
+    try:
+        spec = find_spec(package)
+    except ValueError:  # a module that was not imported
+        return False
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    folders = [set(Path(place).parts) for place in places if place is not None]
+    return any(parts & {"site-packages", "dist-packages"} for parts in folders)

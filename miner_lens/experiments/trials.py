@@ -11,12 +11,12 @@ import torch
 
 from miner_lens.data.labelled import labelled
 from miner_lens.data.sample import Sample
-from miner_lens.data.signature import described
 from miner_lens.experiments.asking import Asking, Metric, PreparedCondition, Reading
 from miner_lens.experiments.condition import Condition
 from miner_lens.experiments.table import Trials
 from miner_lens.models.access import identity
 from miner_lens.models.bridge import prepared_bridge
+from miner_lens.models.foreign import identified
 from miner_lens.models.forward import evaluating
 from miner_lens.models.generation import input_device
 from miner_lens.models.inside import hf_model_of
@@ -116,9 +116,11 @@ def trials(
         "analyzers": [["trials", TABLE]],
         "conditions": [[one.condition.name, one.done] for one in checked],
         "batch_size": batch_size,
-        "metric": described(metric) if callable(metric) else metric,
+        "metric": metric,
         "max_new_tokens": max_new_tokens if callable(metric) else None,
     }
+    if callable(metric):
+        settings["metric"] = identified(metric, "metric", checkpoint is not None)
     if conditions_per_batch > 1:
         settings["conditions_per_batch"] = conditions_per_batch
     with evaluating(model), torch.no_grad(), joined() as ranks:

@@ -10,18 +10,15 @@ from typing import Any
 from torch.nn.modules import module as torch_module
 
 from miner_lens.data.signature import described
+from miner_lens.installed import OURS, UPSTREAM
 from miner_lens.models.inside import hf_model_of
 
-# Ours only read, or say what they do, as ablations that are open are noted with the model.
-OURS = ("miner_lens", "miner_lens_adapters")
-# What these put onto modules by themselves is a part of the model; their versions tell it.
-UPSTREAM = ("torch", "transformers", "transformer_lens", "accelerate", "peft")
 KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 UNTOLD = (
     "A checkpoint is of one experiment, and it could not tell {what} from another: {why}. Give a "
-    "function without such objects in it, or functools.partial of one with numbers, texts and "
-    "tensors; or take it off; or leave out checkpoint."
+    "function that reads numbers, texts and tensors only, passed by functools.partial, as default "
+    "arguments or in a closure; or take it off; or leave out checkpoint."
 )
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,27 @@ def test_a_table_that_was_stopped_continues(
 
 def exactly(sample: ml.Sample, answer: str) -> float:
     return float(answer == sample.answers[0])
+
+
+STRICTNESS = SimpleNamespace(by=1.0)
+
+
+def strictly(sample: ml.Sample, answer: str) -> float:
+    return float(answer == sample.answers[0]) * STRICTNESS.by
+
+
+def test_a_metric_is_told_by_what_it_reads(
+    shapes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ml.datasets.load("easy-vqa", limit=2)
+    table_of(shapes, data, checkpoint=tmp_path, metric=strictly)
+    table_of(shapes, data, checkpoint=tmp_path, metric=strictly)
+    monkeypatch.setattr(STRICTNESS, "by", 0.5)
+    with pytest.raises(ValueError, match="holds another run: of other metric"):
+        table_of(shapes, data, checkpoint=tmp_path, metric=strictly)
+    monkeypatch.setattr(STRICTNESS, "by", object())
+    with pytest.raises(ValueError, match=r"tell metric from another: it reads STRICTNESS\.by, and"):
+        table_of(shapes, data, checkpoint=tmp_path / "other", metric=strictly)
 
 
 def test_answers_by_a_metric(shapes: Any, tmp_path: Path) -> None:

@@ -1,26 +1,36 @@
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import logging
+import math
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformer_lens
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformer_lens.utilities import get_act_name
 
 import miner_lens as ml
 from miner_lens import files
-from miner_lens.data.signature import item_signature
+from miner_lens.data.signature import described, item_signature
 from miner_lens.models import access
 from miner_lens.running import work
 from miner_lens.running.checkpoint import KIND, LOCK, NAME, Checkpoint
@@ -633,6 +643,210 @@ def test_a_value_that_a_hook_looks_up(
             mine(shapes, data[:2], tmp_path)
     finally:
         handle.remove()
+
+
+class Settings:
+    scale = 2.0
+
+    def doubled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+SETTINGS = Settings()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of the user's own, with a helper that reads a global of its."""
+    (tmp_path / "elsewhere.py").write_text(
+        "factor = 2.0\n"
+        "def scaled(x, hook=None): return x * factor\n"
+        "class Scale:\n"
+        "    def __init__(self, by): self.by = by\n"
+        "    def __call__(self, x): return x * self.by * factor\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("elsewhere")
+    del sys.modules["elsewhere"]
+
+
+def reading(code: str, **names: Any) -> Any:
+    """A hook that reads these globals."""
+    space = {"__name__": "notebook", "torch": torch, **names}
+    exec(f"def hook(x, hook):\n    return {code}", space)
+    return space["hook"]
+
+
+def test_attributes_that_a_hook_reads(
+    shapes: Any,
+    data: list[ml.Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: Any,
+) -> None:
+    other = FunctionType(compile("x * 5", "elsewhere.py", "eval"), vars(elsewhere))
+    changes: list[tuple[Any, Any, str, Any]] = [
+        (reading("x * ob.scale", ob=SETTINGS), SETTINGS, "scale", 3.0),
+        (reading("x * Settings.scale", Settings=Settings), Settings, "scale", 3.0),
+        (reading("x * module.factor", module=elsewhere), elsewhere, "factor", 3.0),
+        (reading("module.scaled(x)", module=elsewhere), elsewhere, "factor", 3.0),
+        (reading("scaled(x)", scaled=elsewhere.scaled), elsewhere, "factor", 3.0),
+        (reading("module.scaled(x)", module=elsewhere), elsewhere, "scaled", other),
+        (reading("Scale(2)(x)", Scale=elsewhere.Scale), elsewhere, "factor", 3.0),
+        (reading("Scale(2)(x)", Scale=elsewhere.Scale), elsewhere.Scale, "__call__", other),
+        (reading("(lambda: x * ob.scale)()", ob=SETTINGS), SETTINGS, "scale", 3.0),
+        (lambda x, hook: x * SETTINGS.scale, SETTINGS, "scale", 3.0),
+        (within(elsewhere.scaled), elsewhere, "factor", 3.0),
+        (partial(within(elsewhere.scaled)), elsewhere, "factor", 3.0),
+    ]
+    for number, (hook, owner, name, value) in enumerate(changes):
+        folder = tmp_path / str(number)
+        with (
+            shapes.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]),
+            monkeypatch.context() as patched,
+        ):
+            mine(shapes, data[:2], folder)
+            mine(shapes, data[:2], folder)
+            patched.setattr(owner, name, value)
+            with pytest.raises(ValueError, match="holds another run: of other hooks"):
+                mine(shapes, data[:2], folder)
+
+
+def imports_within(x: torch.Tensor, hook: Any) -> Any:
+    from elsewhere import factor  # type: ignore[import-not-found]
+
+    return x * factor
+
+
+def test_what_a_hook_reads_and_cannot_be_told_is_refused(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, elsewhere: Any
+) -> None:
+    helper = reading("ob.doubled(x)", ob=SETTINGS)
+    generator = torch.Generator()
+    for hook, message in (
+        (reading("x * getattr(ob, 'scale')", ob=SETTINGS), "reads ob, and two objects of .*Sett"),
+        (
+            reading("ob.doubled(x)", ob=SETTINGS),
+            r"reads ob\.doubled, and two objects of .*Settings",
+        ),
+        (reading("helper(x, hook)", helper=helper), r"reads helper, which reads ob\.doubled, and"),
+        (reading("x * getattr(module, 'factor')", module=elsewhere), "reads module, .* elsewhere"),
+        (reading("torch.rand(1, generator=rng) * x", rng=generator), "reads rng, .*Generator"),
+        (imports_within, "reads elsewhere, and the attributes of the module elsewhere may"),
+        (within(SETTINGS), "reads function, and two objects of .*Settings look alike"),
+    ):
+        with (
+            shapes.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]),
+            pytest.raises(
+                ValueError, match=rf"hook on blocks\.0\.hook_out .*{message}.*functools.partial"
+            ),
+        ):
+            mine(shapes, data[:2], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def writes_along(x: torch.Tensor, hook: Any) -> None:
+    SETTINGS.last = x.detach()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def without_gradients(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    return x * FACTOR
+
+
+def test_what_a_hook_reads_of_libraries(
+    shapes: Any, data: list[ml.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules, functions and classes of installed packages are known by name."""
+    names: dict[str, Any] = {
+        "np": np, "math": math, "F": torch.nn.functional, "transformer_lens": transformer_lens,
+        "einsum": torch.einsum, "sin": torch.sin, "npsin": np.sin, "gelu": torch.nn.functional.gelu,
+        "layer_norm": torch.nn.functional.layer_norm, "Linear": torch.nn.Linear, "ml": ml,
+        "LOG": logging.getLogger("hook"), "DEVICE": torch.device("cpu"), "get": get_act_name,
+    }  # fmt: skip
+    for number, code in enumerate(
+        (
+            "x * np.pi * math.e * torch.inf",
+            "F.gelu(gelu(sin(x))) + einsum('...->...', x) + layer_norm(x, x.shape[-1:])",
+            "transformer_lens.utilities.get_act_name('q', 0) and get('q', 0) and x.to(DEVICE)",
+            "isinstance(hook, transformer_lens.hook_points.HookPoint) and x * npsin(0.5)",
+            "Linear(x.shape[-1], x.shape[-1])(x) * 0 or LOG.info(ml.NeuronSet) or x",
+        )
+    ):
+        hook = reading(code, **names)
+        described(hook, fully=True)
+        assert described(hook, True) == described(reading(code, **names), True), number
+    for function in (writes_along, without_gradients, functools.cache(doubled)):
+        described(function, fully=True)
+    for function in (without_gradients, functools.cache(doubled)):
+        before = described(function, fully=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[__name__], "FACTOR", 3.0)
+            assert described(function, fully=True) != before
+    hook = reading("F.gelu(x) * np.pi + sin(x)", **names)
+    with shapes.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]):
+        same(mine(shapes, data[:2], tmp_path), mine(shapes, data[:2], tmp_path))
+
+
+class Kind(Enum):
+    ONE = 1
+    TWO = 2
+
+
+@dataclass
+class Steps:
+    by: float = 2.0
+    sizes: list[int] = field(default_factory=list)
+
+    def __call__(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return self.scaled(x)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.by * FACTOR
+
+
+class Negated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> Any:
+        return -x * FACTOR
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return -gradient
+
+
+def even(number: int) -> bool:
+    return number == 0 or odd(number - 1)
+
+
+def odd(number: int) -> bool:
+    return number != FACTOR and even(number - 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Steps(),
+        reading("Steps(3.0)(x, hook)", Steps=Steps),
+        reading("Negated.apply(x)", Negated=Negated),
+        reading("even(3)", even=even),
+    ],
+)
+def test_classes_that_a_hook_uses(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = described(function, fully=True)
+    assert described(function, fully=True) == before
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert described(function, fully=True) != before
+
+
+def test_values_that_look_alike_are_told_apart() -> None:
+    apart = [
+        Steps(), Steps(3.0), Steps(2.0, [1]), Kind.ONE, Kind.TWO, re.compile("a"), re.compile("b"),
+        2j, 3j, slice(2), slice(3), range(2), range(3), str.upper, str.lower, [1].append,
+        [2].append, len, torch.add, torch.float32, property(even), property(odd),
+    ]  # fmt: skip
+    told = [json.dumps(described(one, fully=True)) for one in apart]
+    assert len(set(told)) == len(told)
 
 
 @pytest.mark.parametrize(
