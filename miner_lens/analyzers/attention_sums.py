@@ -96,7 +96,7 @@ class AttentionSums:
 
     def weights(self, query: Tensor, key: Tensor, masks: Tensor, **options: Any) -> Tensor:
         """What tokens weigh, [batch direction modality pos], by a layer's queries and keys."""
-        return kernels.fused_attention_sums(query, key, masks, **{"causal": self.causal} | options)
+        return kernels.fused_attention_sums(query, key, masks, **options)
 
     def of_pattern(self, pattern: Float[Tensor, "batch query key"], masks: Tensor) -> Tensor:
         """What tokens weigh, by the head mean of a pattern, in which padding's rows are 0."""
@@ -198,7 +198,11 @@ class AttentionSums:
             raise RuntimeError(SILENT)
         key = _heads_first(key, hook)
         padding = batch.padding
-        options = {"mask": None if padding is None else padding.to(key.device)}
+        options: dict[str, Any] = {
+            "mask": None if padding is None else padding.to(key.device),
+            "scale": scale_of(attention),
+            "causal": self.causal,
+        }
         call = call_of(attention) if self.causal else None
         if self.causal and call is None:
             raise RuntimeError(SILENT)
@@ -208,9 +212,7 @@ class AttentionSums:
         if call is not None:
             options |= visible(call, batch, layer, query, key)
             key = key[:, :, : query.shape[2]]
-        kept[layer] = self.weights(
-            query, key, batch.stacked.to(key.device), scale=scale_of(attention), **options
-        )
+        kept[layer] = self.weights(query, key, batch.stacked.to(key.device), **options)
 
     def _see_pattern(self, layer: int, running: Running, pattern: Tensor, hook: Any) -> None:
         if (batch := running()) is not None:
@@ -259,7 +261,7 @@ class ReceivedAttention(AttentionSums):
         self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
     ) -> Float[Tensor, "batch 1 modality pos"]:
         """Shares of what each modality's tokens receive."""
-        received = kernels.received_attention(query, key, **{"causal": self.causal} | options)
+        received = kernels.received_attention(query, key, **options)
         return kernels.attended_weights(received, masks)
 
     def of_pattern(
@@ -279,7 +281,7 @@ class LargestAttention(AttentionSums):
         self, query: Tensor, key: Tensor, masks: Tensor, **options: Any
     ) -> Float[Tensor, "batch modality"]:
         """The largest probability in each modality's P[S, S]."""
-        return kernels.largest_attention(query, key, masks, **{"causal": self.causal} | options)
+        return kernels.largest_attention(query, key, masks, **options)
 
     def of_pattern(
         self, pattern: Float[Tensor, "batch query key"], masks: Tensor

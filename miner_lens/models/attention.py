@@ -11,7 +11,7 @@ does nothing for others. The name of the function stays: some families ask for i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -76,6 +76,17 @@ def call_of(attention: Any) -> Call | None:
     return call
 
 
+def is_causal(attention: Any, options: Mapping[str, Any]) -> bool:
+    """Return True if queries see no later keys where attention is called without a mask.
+
+    Args:
+        attention: The Hugging Face module.
+        options: What the call says.
+    """
+    said = options.get("is_causal")
+    return bool(getattr(attention, "is_causal", True) if said is None else said)
+
+
 def attentions_of(bridge: Any) -> list[Any]:
     """The decoder's attention components, one per layer that has one."""
     return [block.attn for block in bridge.blocks if "attn" in block._modules]
@@ -100,8 +111,6 @@ def unreadable(bridge: Any) -> str | None:
     or choose which keys they look at (DeepSeek's sparse attention), or a layer has none, as with
     linear attention.
     """
-    from transformer_lens.model_bridge.generalized_components import GlmMoeDsaAttentionBridge
-
     for layer, block in enumerate(bridge.blocks):
         one = block._modules.get("attn")
         if one is None:
@@ -111,18 +120,16 @@ def unreadable(bridge: Any) -> str | None:
             return f"layer {layer} computes attention outside transformers' interface"
         if not _is_native(one) and getattr(one.config, "qk_norm_after_rope", False):
             return f"layer {layer} norms them after RoPE"
-        if isinstance(one, GlmMoeDsaAttentionBridge):
+        if hasattr(one, "hook_topk_indices"):
             return f"layer {layer} chooses which keys are looked at"
     return None
 
 
 def rotated_points(bridge: Any, layer: int) -> tuple[str, str]:
     """Hook points of a decoder layer's queries and keys, as attention multiplies them."""
-    from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
-
     attention = bridge.blocks[layer]._modules.get("attn")
-    if isinstance(attention, MLAAttentionBridge):
-        # Here the usual ones have the part that is rotated alone.
+    if hasattr(attention, "hook_kv_latent"):
+        # With latent attention, the usual ones have the part that is rotated alone.
         return f"blocks.{layer}.attn.hook_q", f"blocks.{layer}.attn.hook_k"
     return f"blocks.{layer}.attn.hook_rot_q", f"blocks.{layer}.attn.hook_rot_k"
 
@@ -308,9 +315,7 @@ def _hooked(
 ) -> Output:
     if options.get("scaling") is not None:
         vars(module)[SCALE] = options["scaling"]
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    causal = bool(causal) and query.shape[2] > 1
+    causal = is_causal(module, options) and query.shape[2] > 1
     call = Call(attention_mask, causal, explicit=function is not sdpa_attention_forward)
     if not call.explicit and (bias := options.get("position_bias")) is not None:
         call.mask = create_position_bias_mask(bias, attention_mask, causal, query, key)

@@ -84,28 +84,49 @@ class Run:
         return {n: part for n, part in parts.items() if not _has_parts(part) or len(part)}
 
     def _part(self, name: str, value: Any, row: int) -> Any:
-        """Return what is a row's of something that there is for media."""
-        counted: list[list[int]] = []
-        guessed: list[list[int]] = []
+        """Return the entries of a media input that belong to a row."""
+        owning = self._rows_owning(name, len(value))
+        places = [place for place, owner in enumerate(owning) if owner == row]
+        return value[places] if isinstance(value, Tensor) else [value[place] for place in places]
+
+    def _rows_owning(self, name: str, length: int) -> list[int]:
+        """Return the row that each entry of a media input belongs to.
+
+        An input has an entry for each item, such as an image, or for each unit of one, such as a
+        patch. Which of them it is, the number of entries tells.
+
+        Args:
+            name: Of the input; where it names no modality, it may be of any.
+            length: How many entries it has.
+
+        Raises:
+            ValueError: Entries may belong to rows in several ways, or in none.
+        """
         inputs = self.rest | {"input_ids": self.ids}
         present = [one for one, medium in MEDIA_INPUTS.items() if inputs.get(medium) is not None]
         named = [one for one in present if one in name or MEDIA_INPUTS[one] == name] or present
-        for items, samples in self._items(named, inputs):
-            sizes = torch.tensor(items.sizes if items else [1] * len(samples))
-            by_unit = torch.tensor(samples).repeat_interleave(sizes).tolist()
-            for each in (list(samples), by_unit):
-                if len(each) == len(value):
-                    (guessed if items is None else counted).append(each)
-        if len(value) == len(self.ids) and self._each_has(named):
-            guessed = guessed or [list(range(len(value)))]
-        ways = counted or guessed
+        counted: list[list[int]] = []
+        guessed: list[list[int]] = []
+        for items, rows in self._items(named, inputs):
+            by_item = list(rows)
+            if items is None:
+                guessed.append(by_item)
+            else:
+                by_unit = [
+                    row for row, size in zip(rows, items.sizes, strict=True) for _ in range(size)
+                ]
+                counted += [by_item, by_unit]
+        if not any(len(way) == length for way in guessed) and self._each_has(named):
+            guessed.append(list(range(len(self.ids))))
+        # What is counted goes before what is guessed.
+        ways = [way for way in counted if len(way) == length]
+        ways = ways or [way for way in guessed if len(way) == length]
         if not ways or any(way != ways[0] for way in ways):
             raise ValueError(
                 f"It is not known whose parts of {name!r} are which of the {len(self.ids)} rows "
                 "that are bound. Bind each sample by itself: ml.bind(model, *inputs)."
             )
-        mine = [place for place, sample in enumerate(ways[0]) if sample == row]
-        return value[mine] if isinstance(value, Tensor) else [value[place] for place in mine]
+        return ways[0]
 
     def _items(
         self, modalities: Sequence[str], inputs: Inputs

@@ -28,9 +28,14 @@ def past_length(inputs: Mapping[str, Any]) -> int:
     return int(_past(inputs) or 0)
 
 
-def _past(inputs: Mapping[str, Any]) -> int | Tensor | None:
+def cache_of(inputs: Mapping[str, Any]) -> Any:
+    """Return the cache of keys and values that a pass was given, or None."""
     # The second is its name before transformers 5.24.
-    cache = inputs.get("cache", inputs.get("past_key_values"))
+    return inputs.get("cache", inputs.get("past_key_values"))
+
+
+def _past(inputs: Mapping[str, Any]) -> int | Tensor | None:
+    cache = cache_of(inputs)
     try:
         return cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
     except ValueError:  # it is of linear attention alone, which does not count

@@ -16,6 +16,7 @@ from miner_lens.data.media import told_of
 from miner_lens.data.sample import SampleError
 from miner_lens.data.sounds import audio_reader, sound_rate
 from miner_lens.models.collate import collate
+from miner_lens.models.copies import equal
 from miner_lens.models.mistral import is_mistral, with_sound_files
 
 Opened = Sequence[Sequence[Any]]
@@ -200,7 +201,7 @@ def _rates_matter(
         return False
     group = told.get("videos_kwargs", {})
     named = rates - {None}
-    return not all(_equal(batch, call(opened, videos_kwargs=group | {"fps": r})) for r in named)
+    return not all(equal(batch, call(opened, videos_kwargs=group | {"fps": r})) for r in named)
 
 
 def _check_names(processor: Any, processor_kwargs: Mapping[str, Any]) -> None:
@@ -215,22 +216,6 @@ def _check_names(processor: Any, processor_kwargs: Mapping[str, Any]) -> None:
     for name in processor_kwargs:
         if declared and name not in names:
             raise TypeError(f"{type(processor).__name__} has no option {name!r}")
-
-
-def _equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    return left.keys() == right.keys() and all(_same(left[name], right[name]) for name in left)
-
-
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and left.shape == right.shape and torch.equal(left, right)
-    if isinstance(left, list | tuple):
-        return (
-            isinstance(right, list | tuple)
-            and len(left) == len(right)
-            and all(map(_same, left, right))
-        )
-    return bool(left == right)
 
 
 def _check_sounds(
@@ -267,7 +252,7 @@ def _check_end(messages: Sequence[Any], part: Any, rate: int, call: Callable[...
         least = 0
         while most - least > 1:
             middle = (least + most) // 2
-            same = _equal(expected, inputs(sound[:middle]))
+            same = equal(expected, inputs(sound[:middle]))
             least, most = (least, middle) if same else (middle, most)
         return len(sound) - most
 
@@ -275,7 +260,7 @@ def _check_end(messages: Sequence[Any], part: Any, rate: int, call: Callable[...
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, len(sound)).astype(np.float32)
     end, more, expected = rate // 100, noise[: rate // 2], inputs(sound)
     for changed in ((sound[:-end], noise[:end]), (sound, more)):
-        if not _equal(expected, inputs(np.concatenate(changed))):
+        if not equal(expected, inputs(np.concatenate(changed))):
             return
     # Features are made of whole frames: of a shorter sound the same rest makes no difference.
     lost = dropped(noise)

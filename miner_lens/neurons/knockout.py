@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 from transformers.utils.generic import is_flash_attention_requested
 
 from miner_lens.models.access import layout
-from miner_lens.models.forward_pass import past_length
+from miner_lens.models.attention import is_causal
+from miner_lens.models.forward_pass import Call, cache_of, past_length
 from miner_lens.models.inside import hf_model_of, uncompiled
 from miner_lens.models.modality import ModalityLayout
 from miner_lens.models.structure import attention_name, decoder_of, plain
@@ -125,7 +126,7 @@ class _Prompts:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`."""
-        named = _named(self.generate, args, kwargs)
+        named = dict(zip(signature(self.generate).parameters, args, strict=False)) | kwargs
         texts = (named.get(name) for name in ("inputs", "input_ids", "attention_mask"))
         lengths = [one.shape[1] for one in texts if isinstance(one, Tensor) and one.ndim == 2]
         with self.announce(max(lengths, default=None)):
@@ -166,9 +167,9 @@ class _Cut:
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the Hugging Face model."""
-        given = _named(plain(module).forward, args, kwargs)
+        given = Call.of(module, args, kwargs).arguments
         ids, whole = given.get("input_ids"), given.get("attention_mask")
-        self.cache = given.get("cache", given.get("past_key_values"))
+        self.cache = cache_of(given)
         self.past = past = past_length(given)
         before, self.blocked, self.running = self.blocked, None, True
         if ids is None or (past and (before is None or before.shape[1] < past)):
@@ -198,7 +199,7 @@ class _Cut:
     def mask(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook of attention."""
         attention = plain(module)
-        named = _named(attention.forward, args, kwargs)
+        named = Call.of(attention, args, kwargs).arguments
         hidden, given = named.get("hidden_states"), named.get("attention_mask")
         four = given is None or (isinstance(given, Tensor) and given.ndim == 4)
         flash = given is None and _is_flash(attention)
@@ -246,17 +247,9 @@ class _Cut:
         return (of_prompt & (still <= self.last)) | (at >= self.prompt)
 
 
-def _named(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """What a function is given, by name, in the order of its parameters."""
-    return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
-
-
-def _implied(attention: Any, kwargs: dict[str, Any], at: Tensor, seen: Tensor) -> Tensor:
-    """The mask that attention goes by where it is given none."""
-    causal = kwargs.get("is_causal")
-    if getattr(attention, "is_causal", True) if causal is None else causal:
+def _implied(attention: Any, arguments: dict[str, Any], at: Tensor, seen: Tensor) -> Tensor:
+    """Make the mask that attention goes by where it is given none."""
+    if is_causal(attention, arguments):
         return (seen <= at[:, None])[None, None]
     return (seen <= at[-1]).expand(1, 1, len(at), len(seen))
 
