@@ -239,7 +239,7 @@ def prepare(bridge: Any) -> Any:
     bridge = bare(bridge)
     if not is_bridge(bridge):
         return bridge
-    from miner_lens.models import attention, bridge_methods
+    from miner_lens.models import attention, bridge_methods, masking
 
     hf_model = hf_model_of(bridge)
     if watching(hf_model):
@@ -258,7 +258,12 @@ def prepare(bridge: Any) -> Any:
         driver.supported_hook_points |= (
             frozenset(bridge.hook_dict) - driver.non_fireable_hook_points
         )
+    names = {
+        id(config): (before, after) for config, before, after in _attention_names.get(hf_model, ())
+    }
     for component in attention.rebuilt(attention.attentions_of(bridge)):
+        config = getattr(plain(component), "config", None)
+        masking.install(component, *names.get(id(config), (None, None)))
         # transformers 5.24 has renamed the argument, and TransformerLens 4.3 looks for the former
         # name, without which each generated token sees itself alone.
         component.register_forward_pre_hook(_name_cache, with_kwargs=True)

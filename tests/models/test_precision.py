@@ -15,6 +15,10 @@ from miner_lens.analyzers.attention_sums import AttentionSums
 from miner_lens.models.precision import full_precision
 from miner_lens.running.batch import Batch
 from miner_lens.scoring.select import combine
+from tests.families import Inputs, build, prompts
+from tests.models.test_families import logits
+from tests.parts import FAMILIES
+from tests.towers import TEXT
 
 PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
@@ -199,6 +203,43 @@ def test_no_product_of_an_analyzer_is_rounded(
         ml.run(shapes, samples, analyzer, progress=False)
     assert kept
     assert not {torch.bfloat16, torch.float16} & set(kept)
+
+
+PADDED = prompts([(5, 12)], [(6, 4), (7, 4)], [(8, 5)])
+
+
+def gemma2() -> tuple[Any, Inputs]:
+    """Its own attention is eager."""
+    more = {"head_dim": 8, "attn_logit_softcapping": 5.0, "sliding_window": 64}
+    return build("Gemma2ForCausalLM", **TEXT | more), PADDED
+
+
+def gemma3() -> tuple[Any, Inputs]:
+    return build("Gemma3ForCausalLM", **TEXT | {"head_dim": 8, "sliding_window": 64}), PADDED
+
+
+def qwen3() -> tuple[Any, Inputs]:
+    return build("Qwen3ForCausalLM", **TEXT | {"head_dim": 8}), PADDED
+
+
+@pytest.mark.filterwarnings("ignore:TransformerLens rebuilds")
+@pytest.mark.parametrize("make", [gemma2, gemma3, qwen3, FAMILIES["llava"].make])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padding_is_left_out_under_autocast(make: Any, dtype: torch.dtype) -> None:
+    """Masks are made in the embeddings' float32, and scores are of autocast's dtype."""
+    model, inputs = make()
+    real = inputs["attention_mask"] == 1
+    with torch.autocast("cpu", dtype):
+        expected = logits(model, inputs)
+        bridge = ml.wrap(model)
+        found = logits(bridge, inputs)
+        text = {"text": real}
+        scores = ml.mine(bridge, [(inputs, text)], metrics=("prob", "mean"), progress=False)
+    assert found.isfinite().all()
+    spread = float(expected[real].float().std())
+    digits = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[real], expected[real], atol=16 * digits * spread, rtol=0)
+    assert scores.values.isfinite().all()
 
 
 def test_selection_under_autocast() -> None:

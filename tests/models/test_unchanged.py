@@ -22,6 +22,7 @@ from tests import families
 from tests.families import build
 from tests.models.test_families import logits, pattern
 from tests.models.test_inside import llama_model, shape_of
+from tests.parts import FAMILIES
 from tests.scoring.test_kernels import twin
 from tests.towers import IMAGE, TEXT, vision_inputs, vision_model
 
@@ -129,6 +130,126 @@ def test_towers_keep_their_attention() -> None:
     assert config.text_config._attn_implementation == "eager"
     ml.unwrap(bridge)
     assert config.text_config._attn_implementation == "sdpa"
+
+
+# Masks where TransformerLens computes attention.
+
+
+def gemma3(**options: Any) -> Any:
+    """TransformerLens sets eager attention in this one, and not in Llama."""
+    return build("Gemma3ForCausalLM", **TEXT | {"head_dim": 8, "sliding_window": 64} | options)
+
+
+def llama() -> Any:
+    return build("LlamaForCausalLM", **TEXT)
+
+
+def gpt2() -> Any:
+    """Queries, keys and values are one projection."""
+    return build("GPT2LMHeadModel", vocab_size=100, n_embd=32, n_layer=2, n_head=4)
+
+
+def deepseek_v3() -> Any:
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
+    more = {"num_key_value_heads": 4, "v_head_dim": 8, "first_k_dense_replace": 2}
+    return build("DeepseekV3ForCausalLM", **TEXT | ranks | more | {"n_group": 1, "topk_group": 1})
+
+
+PADDED = families.prompts([(5, 12)], [(6, 4), (7, 4)], [(8, 5)])
+TEXT_MODELS = {"llama": llama, "gemma3": gemma3, "gpt2": gpt2, "deepseek_v3": deepseek_v3}
+MEDIA_MODELS = ("llava", "llava_onevision", "gemma3", "mistral3")
+REBUILT: dict[str, Callable[[], families.Made]] = {
+    **{name: lambda make=make: (make(), PADDED) for name, make in TEXT_MODELS.items()},
+    "windowed": lambda: (gemma3(sliding_window=3), PADDED),
+    **{f"{name} with media": FAMILIES[name].make for name in MEDIA_MODELS},
+}
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", REBUILT.values(), ids=REBUILT)
+def test_padding_has_the_logits_that_it_had(make: Any, name: str) -> None:
+    """With sdpa a token that sees nothing has no output of attention, with eager all values' mean.
+
+    In a bridge, out of it and in a copy.
+    """
+    model, inputs = make()
+    assert (inputs["attention_mask"] == 0).any()
+    model.set_attn_implementation(name)
+    expected = logits(model, inputs)
+    bridge = ml.wrap(model)
+    for one in (bridge, copy.deepcopy(bridge)):
+        torch.testing.assert_close(logits(one, inputs), expected, atol=1e-5, rtol=0)
+    assert torch.equal(logits(ml.unwrap(bridge), inputs), expected)
+
+
+def test_attention_that_is_set_in_a_bridge_masks_as_it_does() -> None:
+    model = llama()
+    by_name = {}
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        by_name[name] = logits(model, PADDED)
+    assert not torch.allclose(by_name["sdpa"], by_name["eager"], atol=0.1)  # of padding
+    bridge = ml.wrap(model)
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        torch.testing.assert_close(logits(bridge, PADDED), by_name[name], atol=1e-5, rtol=0)
+
+
+def test_gradients_of_padding_are_numbers() -> None:
+    for compatible in (False, True):
+        bridge = ml.wrap(llama())
+        if compatible:
+            bridge.enable_compatibility_mode(no_processing=True)
+        embedded = bridge.original_model.get_input_embeddings()(PADDED["input_ids"])
+        embedded = embedded.detach().requires_grad_()
+        mask = PADDED["attention_mask"]
+        found = bridge.original_model(inputs_embeds=embedded, attention_mask=mask).logits
+        found[mask == 1].sum().backward()
+        assert found.isfinite().all()
+        assert embedded.grad.isfinite().all()
+        assert (embedded.grad[mask == 0] == 0).all()
+
+
+def written(model: Any, inputs: families.Inputs) -> Any:
+    """A greedy continuation, with a cache that has room for more than has been written."""
+    options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+    returned = {"return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        return model.generate(**inputs, **options, **returned, max_new_tokens=6, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", TEXT_MODELS.values(), ids=TEXT_MODELS)
+@pytest.mark.parametrize(
+    "inputs",
+    [IDS, IDS | {"attention_mask": torch.ones_like(IDS["input_ids"])}, PADDED],
+    ids=["alone", "mask", "padded"],
+)
+def test_static_caches_are_no_longer_than_what_is_in_them(
+    inputs: families.Inputs, make: Any, name: str
+) -> None:
+    model = make()
+    model.set_attn_implementation(name)
+    expected = written(model, inputs)
+    ml.wrap(model)
+    found = written(model, inputs)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_is_read_in_parts() -> None:
+    """Each part sees those before it, with a cache that grows and with one that has room."""
+    from transformers import DynamicCache, StaticCache
+
+    model = llama()
+    expected = logits(model, IDS)
+    ml.wrap(model)
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=40)):
+        parts = [
+            logits(model, {"input_ids": part, "past_key_values": cache})
+            for part in IDS["input_ids"].split([5, 1, 10], dim=1)
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=0)
 
 
 # Soft caps and sinks, which fused attention has not.
