@@ -86,6 +86,7 @@ def render(
         (add_generation_prompt,) = {awaits_answer(messages) for messages in conversations}
     processor = processor_of(model)
     if processor is None:
+        hf_model_of(model)  # or it is no model at all
         raise ValueError(
             "This model has no processor, so it cannot read messages. Set model.processor "
             "(ml.load does), or pass prepared model inputs."

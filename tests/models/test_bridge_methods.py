@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformer_lens import HookedRootModule
-from transformers import GenerationConfig
+from transformers import AutoProcessor, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 import miner_lens as ml
@@ -107,6 +108,50 @@ def test_what_is_no_model() -> None:
         for model in (Own(), torch.nn.Linear(2, 2)):
             with pytest.raises(ValueError, match=r"Expected a TransformerBridge.*HookedRootModule"):
                 use(model)
+
+
+def test_names_and_classes_are_no_models(shapes: Any) -> None:
+    kind, messages = type(shapes.original_model), ASKED[0].messages
+    uses = (
+        lambda model: ml.wrap(model),
+        lambda model: ml.inputs(model, messages),
+        lambda model: ml.generate(model, messages),
+        lambda model: ml.ablate(model, ml.NeuronSet([(0, 1)], layers=2, neurons=48)).__enter__(),
+        lambda model: ml.bind(model, {}).__enter__(),
+    )
+    loads = rf"loaded model, got the class {kind.__name__}\..*{kind.__name__}\.from_pretrained"
+    for use in uses:
+        for name in ("shapes", Path("shapes")):
+            with pytest.raises(TypeError, match=r"loaded model, got a name.*ml\.load\('shapes'\)"):
+                use(name)
+        with pytest.raises(TypeError, match=loads + r".*ml\.load\(name\)"):
+            use(kind)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("x", "'x'"),
+        (False, "False"),
+        ({}, "an object of type dict"),
+        (AutoProcessor, "the class AutoProcessor"),
+        (torch.nn.Identity(), "an object of type Identity"),
+    ],
+)
+def test_what_is_no_processor(given: Any, named: str) -> None:
+    """It is refused, and the model is left as it was."""
+    model = llama_model()
+    modules = dict(model.named_modules())
+    said = rf"processor, or None, and not {named}\..*AutoProcessor\.from_pretrained.*check=False"
+    with pytest.raises(TypeError, match=said):
+        ml.wrap(model, given)
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_bridge_is_no_processor(shapes: Any) -> None:
+    """Though it has a tokenizer."""
+    with pytest.raises(TypeError, match="an object of type TransformerBridge"):
+        ml.wrap(llama_model(), shapes)
 
 
 FAMILIES = ("qwen2_vl", "qwen3_vl", "qwen2_audio", "llava", "gemma3", "qwen2_5_omni")
