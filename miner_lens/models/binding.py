@@ -13,6 +13,12 @@ from miner_lens.models.bound import Bound, Run
 from miner_lens.models.hook import ContextHook
 from miner_lens.models.inside import bare, hf_model_of, is_bridge
 
+IDS = {"input", "input_ids"}
+INPUTS = (
+    "It takes the model inputs that ml.inputs makes of a conversation, token ids and media by "
+    "name: ml.bind(model, ml.inputs(model, messages))."
+)
+
 
 @contextmanager
 def bind(model: Any, *inputs: Mapping[str, Any]) -> Iterator[Any]:
@@ -40,6 +46,7 @@ def bind(model: Any, *inputs: Mapping[str, Any]) -> Iterator[Any]:
         The model.
 
     Raises:
+        TypeError: There are no inputs, or they are messages or tokens instead.
         ValueError: Inputs have no token ids or are padded, or no modality layout is known; in
             a pass, the tokens do not fit the media or fit several, or positions are given that may
             not count them.
@@ -55,6 +62,7 @@ def bind(model: Any, *inputs: Mapping[str, Any]) -> Iterator[Any]:
             effect = patching.get_act_patch_resid_pre(model, tokens, cache, metric)
     """
     inner, hf_model = bare(model), hf_model_of(model)
+    _require_inputs(inputs)
     bound = Bound(hf_model, [Run(hf_model, one) for one in inputs], layout(model).media)
     with ExitStack() as open_:
         # First, so that other hooks on the model's inputs see the media.
@@ -64,6 +72,34 @@ def bind(model: Any, *inputs: Mapping[str, Any]) -> Iterator[Any]:
         if is_bridge(inner):
             open_.enter_context(_embeddings_with_media(inner))
         yield model
+
+
+def _require_inputs(inputs: tuple[Any, ...]) -> None:
+    if not inputs:
+        raise TypeError(f"bind was given no inputs beside the model. {INPUTS}")
+    for given in inputs:
+        several = isinstance(given, list | tuple)
+        parts = given if several else [given]
+        if several and parts and all(isinstance(one, Mapping) and IDS & {*one} for one in parts):
+            raise TypeError(
+                f"bind takes several inputs one after the other, not in a {type(given).__name__}: "
+                "ml.bind(model, *inputs)."
+            )
+        if isinstance(given, Mapping) and "role" not in given:
+            continue
+        if isinstance(given, Tensor):
+            what = f"a tensor of shape {list(given.shape)}, in which there are no media"
+        elif isinstance(given, Mapping) or _is_conversation(given):
+            what = "chat messages"
+        else:
+            what = f"{given!r:.60} of type {type(given).__name__}"
+        raise TypeError(f"bind was given {what}. {INPUTS}")
+
+
+def _is_conversation(given: Any) -> bool:
+    while isinstance(given, list | tuple) and given:
+        given = given[0]
+    return isinstance(given, Mapping) and "role" in given
 
 
 class _Silent(nn.Module):

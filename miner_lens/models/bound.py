@@ -49,7 +49,12 @@ class Run:
         rest: Inputs = dict(inputs)
         own, other = rest.pop("input_ids", None), rest.pop("input", None)
         own = other if own is None else own
-        if not isinstance(own, Tensor):
+        if own is not None and not isinstance(own, Tensor):
+            raise TypeError(
+                f"bind needs token ids as a tensor [batch pos], not as {type(own).__name__}. Use "
+                "what ml.inputs returns, or a processor's with return_tensors='pt'."
+            )
+        if own is None:
             raise ValueError(
                 "bind needs inputs with token ids, as ml.inputs returns them: it looks for "
                 f"'input' or 'input_ids' and was given {', '.join(inputs) or 'nothing'}."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from miner_lens.models import experts
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, model_name, retire
@@ -33,6 +34,12 @@ UNKNOWN = (
     "adapter for it, and {why}. To add one, write a TransformerLens ArchitectureAdapter and name "
     "it in the entry-point group 'transformer_lens.architectures'; see "
     "docs/adding-a-model-family.md."
+)
+
+NO_PROCESSOR = (
+    "The second argument of wrap is the model's processor, or None, and not {given}. Pass what "
+    "transformers.AutoProcessor.from_pretrained(name) returns: a processor with a tokenizer, or "
+    "the tokenizer itself for a model of text alone. Options go by name, as check=False."
 )
 
 # What TransformerLens may have changed of a wrapped model's configs: the config, the name of its
@@ -64,6 +71,7 @@ def wrap(
             as with offloaded weights.
 
     Raises:
+        TypeError: This is the name or the class of a model, or the processor is none.
         ValueError: The model family is unknown, the model is wrapped already, or its logits are
             others in a bridge; then it is as it was.
     """
@@ -77,14 +85,15 @@ def wrap(
             f"This {architecture} is inside a TransformerBridge already. "
             "Use that bridge, or take the model out of it with ml.unwrap(bridge)."
         )
+    # A text model's processor is its tokenizer.
+    tokenizer = getattr(processor, "tokenizer", processor)
+    _require_processor(processor, tokenizer)
     _require_adapter(hf_model)
     expected = short_logits(hf_model) if check else None
     configs = _configs(hf_model)
     before = [config._attn_implementation for config in configs]
     attributes = {path: set(vars(module)) for path, module in walk(hf_model)}
     modes = {module: module.training for module in hf_model.modules()}
-    # A text model's processor is its tokenizer.
-    tokenizer = getattr(processor, "tokenizer", processor)
     bridge = build_bridge_from_module(
         hf_model,
         architecture,
@@ -112,6 +121,18 @@ def wrap(
     if expected is not None:
         _require_unchanged(bridge, expected)
     return bridge
+
+
+def _require_processor(processor: Any, tokenizer: Any) -> None:
+    """Refuse a processor, or the tokenizer in it, that TransformerLens cannot set up."""
+    is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase) or is_mistral(tokenizer)
+    if isinstance(processor, nn.Module) or not (is_tokenizer or tokenizer is None):
+        given = f"an object of type {type(processor).__name__}"
+        if isinstance(processor, type):
+            given = f"the class {processor.__name__}"
+        elif isinstance(processor, str | int):
+            given = repr(processor)
+        raise TypeError(NO_PROCESSOR.format(given=given))
 
 
 def _require_unchanged(bridge: Any, expected: Tensor | str) -> None:

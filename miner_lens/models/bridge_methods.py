@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from miner_lens.models import attention
 from miner_lens.models.collate import brings_media
@@ -40,6 +41,15 @@ NO_START = (
     "from tokens and media, which are not known here. Open ml.bind(model, inputs) around the call, "
     "with the inputs that the residual stream was made of, or pass {wanted}."
 )
+GREEDY = (
+    "Greedy decoding finds fewer answers than num_return_sequences={count}. Pass do_sample=True to "
+    "sample them, or search with beams: ml.generate(model, messages, num_beams={count}, "
+    "num_return_sequences={count})."
+)
+NO_BEAMS = (
+    "TransformerLens's model.generate has no beam search. Use ml.generate(model, messages, "
+    "num_beams=...), which takes all options of Hugging Face's generate, or leave num_beams out."
+)
 UNLIKE = (
     "Without a cache, model.generate passes media and all that there is for each token at every "
     "step, and {name} of shape {shape} may say something of each token. Use ml.generate, or "
@@ -66,10 +76,86 @@ def uninstall(hf_model: Any) -> None:
     vars(hf_model).pop(CONTINUOUS, None)
 
 
-def generate(bridge: Any, *args: Any, **kwargs: Any) -> Any:
-    """Sample tokens as TransformerBridge.generate does, media being seen at each step."""
+def generate(
+    bridge: Any, *args: Any, num_return_sequences: int | None = None, **kwargs: Any
+) -> Any:
+    """Sample tokens as TransformerBridge.generate does, media being seen at each step.
+
+    Args:
+        bridge: The bridge.
+        args: What TransformerBridge.generate takes.
+        num_return_sequences: How many answers to sample to each prompt; they follow each other.
+        kwargs: What TransformerBridge.generate takes.
+
+    Raises:
+        ValueError: Beams are asked for, or several answers without sampling.
+    """
+    count = 1 if num_return_sequences is None else num_return_sequences
+    require_count(count)
+    if (kwargs.pop("num_beams", None) or 1) > 1:
+        raise ValueError(NO_BEAMS)
+    method = type(bridge).generate
+    if count > 1:
+        args, kwargs = _repeated(inspect.signature(method).bind(bridge, *args, **kwargs), count)
+    else:
+        args = (bridge, *args)
     with _media_at_each_step(hf_model_of(bridge)):
-        return type(bridge).generate(bridge, *args, **kwargs)
+        made = method(*args, **kwargs)
+    return made if count == 1 else _grouped(made, count)
+
+
+def require_count(count: Any) -> None:
+    """Refuse a number of answers to each prompt that is none.
+
+    Raises:
+        ValueError: It is below 1, or no whole number.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_return_sequences must be a whole number from 1 on, not {count!r}.")
+
+
+def _repeated(given: inspect.BoundArguments, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments of TransformerBridge.generate with the whole batch several times.
+
+    Media lie end to end, so that they need not be told apart.
+
+    Raises:
+        ValueError: The arguments ask for greedy decoding.
+    """
+    given.apply_defaults()
+    told = given.arguments
+    if not told["do_sample"]:
+        raise ValueError(GREEDY.format(count=count))
+
+    def repeated(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim:
+            # Positions of multimodal RoPE have the batch second.
+            return torch.cat([value] * count, 1 if name == "position_ids" and value.ndim > 2 else 0)
+        return value * count if isinstance(value, list | tuple) else value
+
+    if isinstance(told["input"], str):
+        told["input"] = [told["input"]]
+    # All others say how to generate.
+    told |= {n: repeated(n, told[n]) for n in ("input", "pixel_values", "attention_mask")}
+    rest = told["multimodal_kwargs"]
+    told["multimodal_kwargs"] = {name: repeated(name, value) for name, value in rest.items()}
+    return given.args, given.kwargs
+
+
+def _grouped(made: Any, count: int) -> Any:
+    """Return what was generated of a repeated batch with the answers to each prompt together."""
+    if isinstance(made, ModelOutput):
+        for name, value in made.items():
+            made[name] = _grouped(value, count)
+        return made
+    if isinstance(made, tuple):
+        return tuple(_grouped(one, count) for one in made)
+    if isinstance(made, Tensor):
+        return made.reshape(count, -1, *made.shape[1:]).transpose(0, 1).flatten(0, 1)
+    if isinstance(made, list):
+        prompts = len(made) // count
+        return [answer for first in range(prompts) for answer in made[first::prompts]]
+    return made
 
 
 def enable_compatibility_mode(bridge: Any, *args: Any, **kwargs: Any) -> None:

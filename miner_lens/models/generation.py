@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
+from miner_lens.models.bridge_methods import require_count
 from miner_lens.models.collate import MASK, collate, masked
 from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
@@ -50,6 +51,11 @@ _HARMLESS = {
     "use_cache",
 }
 
+TOO_MANY = (
+    "{search} finds fewer answers than num_return_sequences={count}. Pass do_sample=True here to "
+    "sample them (with num_beams=1), or num_beams={count} or more for the best of a beam search."
+)
+
 # `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
 _rendering = threading.Lock()
 
@@ -86,6 +92,7 @@ def render(
         (add_generation_prompt,) = {awaits_answer(messages) for messages in conversations}
     processor = processor_of(model)
     if processor is None:
+        hf_model_of(model)  # or it is no model at all
         raise ValueError(
             "This model has no processor, so it cannot read messages. Set model.processor "
             "(ml.load does), or pass prepared model inputs."
@@ -215,7 +222,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 def inputs(
     model: Any,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
     add_generation_prompt: bool = True,
     **processor_kwargs: Any,
 ) -> Inputs:
@@ -223,7 +230,8 @@ def inputs(
 
     Args:
         model: A bridge with a processor, or a Hugging Face model with a `.processor`.
-        messages: One conversation in Hugging Face chat format.
+        messages: One conversation in Hugging Face chat format, or a list of conversations, which
+            become a batch with padding on the left.
         add_generation_prompt: Whether to end with the opening of the assistant's turn.
         processor_kwargs: Passed on to the processor, such as `max_pixels` or `num_frames`, by
             name or as `images_kwargs`, `videos_kwargs`, `audio_kwargs` and `text_kwargs`.
@@ -231,8 +239,13 @@ def inputs(
     Returns:
         Keyword arguments on the model's device. The token ids are called `input` for a bridge,
         as TransformerLens calls them, and `input_ids` for a Hugging Face model.
+
+    Raises:
+        ValueError: The messages are no conversation, or the model has no processor.
+        SampleError: A medium cannot be read, or the processor refuses a conversation.
     """
-    batch = prepare_inputs(model, [messages], add_generation_prompt, **processor_kwargs)
+    _, conversations = _conversations(messages)
+    batch = prepare_inputs(model, conversations, add_generation_prompt, **processor_kwargs)
     if is_bridge(bare(model)):
         batch = {"input": batch.pop("input_ids"), **batch}
     return batch
@@ -264,15 +277,19 @@ def generate(
         place of each answer.
 
     Raises:
-        ValueError: The messages are no conversation, or the number of answers is below 1.
+        ValueError: The messages are no conversation, or the number of answers is below 1 or more
+            than the search finds.
         SampleError: A medium cannot be read, or the processor refuses a conversation.
     """
     single, conversations = _conversations(messages)
-    batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
     config = options.get("generation_config") or hf_model_of(model).generation_config
     count = options.setdefault("num_return_sequences", config.num_return_sequences or 1)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_return_sequences must be a whole number from 1 on, not {count!r}.")
+    require_count(count)
+    beams = options.get("num_beams") or config.num_beams or 1
+    if count > beams and (beams > 1 or not options.get("do_sample")):
+        search = "Greedy decoding" if beams == 1 else f"Beam search with num_beams={beams}"
+        raise ValueError(TOO_MANY.format(search=search, count=count))
+    batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
     answers = generate_from(model, batch, max_new_tokens, **options)
     each = len(answers) // len(conversations)
     if each == 1:
@@ -291,6 +308,7 @@ def _conversations(messages: Any) -> tuple[bool, list[Any]]:
     if several and messages and isinstance(messages[0], Mapping):
         return True, [messages]
     lists = several and all(isinstance(m, Sequence) and not isinstance(m, str) for m in messages)
+    lists = lists and all(map(len, messages))
     if lists and messages:
         return False, list(messages)
     raise ValueError(

@@ -41,8 +41,18 @@ def hf_model_of(model: Any) -> Any:
     """The Hugging Face model inside a bridge and any wrappers, or the model itself.
 
     Raises:
+        TypeError: This is the name of a model, or its class.
         ValueError: This is neither, or the model was taken out of this bridge.
     """
+    if isinstance(model, str | Path):
+        raise TypeError(
+            f"Expected a loaded model, got a name. Load it first: ml.load({str(model)!r})."
+        )
+    if isinstance(model, type):
+        raise TypeError(
+            f"Expected a loaded model, got the class {model.__name__}. Load one with "
+            f"{model.__name__}.from_pretrained(name), or model and processor with ml.load(name)."
+        )
     model = bare(model)
     if not is_bridge(model):
         if not hasattr(model, "get_decoder"):

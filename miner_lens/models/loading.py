@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +58,12 @@ def load(
         Qwen2-Audio equal those of the plain Hugging Face model bit for bit.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it has no `config.json`.
+        FileNotFoundError: There is no such folder, it has no `config.json`, or the name is close to
+            that of a model that comes with this package. The hub is not asked.
         OSError: The hub has no such model, or cannot be reached.
         ValueError: The model family is unknown, or both `device` and `device_map`, or `dtype` and
             `torch_dtype`, are given.
-        TypeError: The model takes no such option.
+        TypeError: This is neither a name nor a path, or the model takes no such option.
 
     Example:
         model = ml.load("Qwen/Qwen2-VL-7B-Instruct", attn_implementation="eager")
@@ -101,7 +104,15 @@ def load(
 
 
 def _resolve(name_or_path: str | Path) -> str:
+    if not isinstance(name_or_path, str | os.PathLike):
+        kind = name_or_path if isinstance(name_or_path, type) else type(name_or_path)
+        raise TypeError(
+            f"load takes a name or a path, not {kind.__name__}. {_known()} For a model that is "
+            "loaded already, use ml.wrap(model, processor)."
+        )
     name = str(name_or_path)
+    if not name:
+        raise FileNotFoundError(f"The name of the model is empty. {_known()}")
     if name in organisms.names() and not Path(name, "config.json").exists():
         return str(organisms.path(name))
     folder = Path(name).expanduser()
@@ -113,8 +124,14 @@ def _resolve(name_or_path: str | Path) -> str:
             )
         return str(folder)
     # A hub id is one word, or two with a slash between them.
-    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    is_path = not isinstance(name_or_path, str) or name.startswith((".", "/", "~"))
+    if is_path or name.endswith("/") or name.count("/") > 1:
         raise FileNotFoundError(f"There is no folder {name}. {_known()}")
+    # Of one word are the hub's oldest models alone, none of which is called like ours.
+    if near := difflib.get_close_matches(name.lower(), organisms.names(), n=1):
+        raise FileNotFoundError(
+            f"There is no model or folder {name!r}. Did you mean {near[0]!r}? {_known()}"
+        )
     return name
 
 

@@ -104,6 +104,28 @@ def test_tokens_alone_are_enough(kind: str, wrapped: bool) -> None:
     assert len(plain._forward_pre_hooks) == hooks
 
 
+def test_what_are_no_inputs(sample: Any) -> None:
+    model, inputs = sample
+    (asked,) = ml.datasets.load("easy-vqa", limit=1)
+    messages, wanted = asked.messages, r".*ml\.bind\(model, ml\.inputs\(model, messages\)\)"
+    cases: tuple[tuple[tuple[Any, ...], str], ...] = (
+        ((), "no inputs beside the model" + wanted),
+        ((messages,), "chat messages" + wanted),
+        (tuple(messages), "chat messages" + wanted),
+        (([messages, messages],), "chat messages" + wanted),
+        ((inputs["input"],), rf"a tensor of shape \[1, {inputs['input'].shape[1]}\]" + wanted),
+        ((inputs, None), "None of type NoneType" + wanted),
+        (("What is this?",), "'What is this\\?' of type str" + wanted),
+        (([inputs, inputs],), r"not in a list: ml\.bind\(model, \*inputs\)"),
+        (({"input_ids": [[1, 2]]},), r"a tensor \[batch pos\], not as list.*return_tensors='pt'"),
+    )
+    hooks = len(model.original_model._forward_pre_hooks)
+    for given, said in cases:
+        with pytest.raises(TypeError, match=said), ml.bind(model, *given):
+            pass
+    assert len(model.original_model._forward_pre_hooks) == hooks
+
+
 def test_other_tokens(sample: Any) -> None:
     """Text before the picture, which moves it, and a picture of one's own."""
     model, inputs = sample

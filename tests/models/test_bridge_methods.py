@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformer_lens import HookedRootModule
-from transformers import GenerationConfig
+from transformers import AutoProcessor, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 import miner_lens as ml
@@ -109,6 +110,50 @@ def test_what_is_no_model() -> None:
                 use(model)
 
 
+def test_names_and_classes_are_no_models(shapes: Any) -> None:
+    kind, messages = type(shapes.original_model), ASKED[0].messages
+    uses = (
+        lambda model: ml.wrap(model),
+        lambda model: ml.inputs(model, messages),
+        lambda model: ml.generate(model, messages),
+        lambda model: ml.ablate(model, ml.NeuronSet([(0, 1)], layers=2, neurons=48)).__enter__(),
+        lambda model: ml.bind(model, {}).__enter__(),
+    )
+    loads = rf"loaded model, got the class {kind.__name__}\..*{kind.__name__}\.from_pretrained"
+    for use in uses:
+        for name in ("shapes", Path("shapes")):
+            with pytest.raises(TypeError, match=r"loaded model, got a name.*ml\.load\('shapes'\)"):
+                use(name)
+        with pytest.raises(TypeError, match=loads + r".*ml\.load\(name\)"):
+            use(kind)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("x", "'x'"),
+        (False, "False"),
+        ({}, "an object of type dict"),
+        (AutoProcessor, "the class AutoProcessor"),
+        (torch.nn.Identity(), "an object of type Identity"),
+    ],
+)
+def test_what_is_no_processor(given: Any, named: str) -> None:
+    """It is refused, and the model is left as it was."""
+    model = llama_model()
+    modules = dict(model.named_modules())
+    said = rf"processor, or None, and not {named}\..*AutoProcessor\.from_pretrained.*check=False"
+    with pytest.raises(TypeError, match=said):
+        ml.wrap(model, given)
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_bridge_is_no_processor(shapes: Any) -> None:
+    """Though it has a tokenizer."""
+    with pytest.raises(TypeError, match="an object of type TransformerBridge"):
+        ml.wrap(llama_model(), shapes)
+
+
 FAMILIES = ("qwen2_vl", "qwen3_vl", "qwen2_audio", "llava", "gemma3", "qwen2_5_omni")
 
 
@@ -185,6 +230,113 @@ def test_several_answers(shapes: Any) -> None:
     assert ml.generate(shapes, first, 4, generation_config=config) == expected
     assert ml.generate(shapes, [first], 4, return_dict_in_generate=True) == [expected[0]]
     assert ml.generate(shapes, first, 4, num_return_sequences=1) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "Greedy decoding"),
+        ({"num_beams": 2}, "Beam search with num_beams=2"),
+        ({"num_beams": 2, "do_sample": True}, "Beam search with num_beams=2"),
+        ({"generation_config": GenerationConfig(do_sample=True)}, "Greedy decoding"),
+    ],
+)
+def test_more_answers_than_are_found(shapes: Any, options: dict[str, Any], said: str) -> None:
+    wanted = f"{said} finds fewer.*num_return_sequences=3.*do_sample=True.*num_beams=3 or more"
+    with pytest.raises(ValueError, match=wanted):
+        ml.generate(shapes, ASKED[0].messages, 4, num_return_sequences=3, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cached", [True, False])
+def test_several_samples_of_transformer_lens(family: str, cached: bool) -> None:
+    """Rows in the order of transformers, each with its media: one token is left to sample.
+
+    Transformers mixes up sounds where it encodes them anew for each row, as in Qwen2-Audio.
+    """
+    model, inputs = getattr(families, family)()
+    plain = {"max_new_tokens": 4, "eos_token_id": None, "output_logits": True}
+    greedy = model.generate(**inputs, **plain, do_sample=False, return_dict_in_generate=True)
+    expected, logits = greedy.sequences.repeat_interleave(3, 0), greedy.logits
+    options = {"max_new_tokens": 4, "do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    sampled = model.generate(**inputs, **options, eos_token_id=None)
+    assert sampled.shape == expected.shape
+    assert family == "qwen2_audio" or torch.equal(sampled, expected)
+    bridge = ml.wrap(model)
+    given = {"input" if name == "input_ids" else name: value for name, value in inputs.items()}
+    options |= {"stop_at_eos": False, "verbose": False, "use_past_kv_cache": cached}
+    assert torch.equal(bridge.generate(**given, **options), expected)
+    tokens = given.pop("input")
+    found, prompts = bridge.generate(
+        tokens, **given, **options, output_logits=True, return_input_tokens=True
+    )
+    assert torch.equal(found.sequences, expected)
+    assert torch.equal(prompts, tokens.repeat_interleave(3, 0))
+    for ours, theirs in zip(found.logits, logits, strict=True):
+        torch.testing.assert_close(ours, theirs.repeat_interleave(3, 0), atol=2e-5, rtol=0)
+
+
+def test_samples_of_one_prompt_differ(shapes: Any) -> None:
+    inputs = ml.inputs(shapes, ASKED[0].messages)
+    options = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 4}
+    torch.manual_seed(0)
+    found = shapes.generate(**inputs, **options, temperature=9.0, stop_at_eos=False, verbose=False)
+    assert found.shape == (4, inputs["input"].shape[1] + 8)
+    assert len(found.unique(dim=0)) == 4
+
+
+def test_samples_of_texts(shapes: Any) -> None:
+    options = {"max_new_tokens": 3, "top_k": 1, "stop_at_eos": False, "verbose": False}
+    one, two = (shapes.generate(text, **options) for text in ("What colour", "Is there"))
+    options["num_return_sequences"] = 2
+    assert shapes.generate("What colour", **options) == [one, one]
+    assert shapes.generate(["What colour", "Is there"], **options) == [one, one, two, two]
+
+
+def test_samples_that_transformer_lens_does_not_make(shapes: Any) -> None:
+    inputs = ml.inputs(shapes, ASKED[0].messages)
+    said = r"num_return_sequences=2.*do_sample=True.*ml\.generate\(model, messages, num_beams=2"
+    with pytest.raises(ValueError, match=said):
+        shapes.generate(**inputs, num_return_sequences=2, do_sample=False)
+    with pytest.raises(ValueError, match=r"no beam search.*ml\.generate"):
+        shapes.generate(**inputs, num_return_sequences=2, num_beams=2)
+    for count in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match=r"a whole number from 1 on, not"):
+            shapes.generate(**inputs, num_return_sequences=count)
+    alone = {"max_new_tokens": 2, "do_sample": False, "verbose": False}
+    assert torch.equal(
+        shapes.generate(**inputs, **alone, num_return_sequences=1, num_beams=1),
+        shapes.generate(**inputs, **alone),
+    )
+
+
+def test_inputs_of_several_conversations(shapes: Any) -> None:
+    """They are a batch, as each by itself but for padding on the left."""
+    first, second = (sample.messages for sample in ASKED)
+    longer = [*first, {"role": "assistant", "content": "yes"}, *second]
+    apart = [ml.inputs(shapes, messages) for messages in (first, longer)]
+    together = ml.inputs(shapes, [first, longer])
+    assert together.keys() == apart[0].keys()
+    mask = together["attention_mask"]
+    assert mask.sum(1).tolist() == [one["input"].shape[1] for one in apart]
+    assert not mask[0, 0]
+    for row, one in enumerate(apart):
+        real = mask[row].bool()
+        assert torch.equal(together["input"][row, real], one["input"][0])
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(together[name], torch.cat([one[name] for one in apart]))
+    with torch.no_grad():
+        logits = shapes(**together)[:, -1]
+        expected = torch.cat([shapes(**one)[:, -1] for one in apart])
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [lambda m: [m, "Yes?"], lambda m: [m, m[0]], lambda m: [m, []]])
+def test_what_are_no_conversations(shapes: Any, make: Any) -> None:
+    given = make(ASKED[0].messages)
+    for use in (ml.inputs, ml.generate):
+        with pytest.raises(ValueError, match=r"a conversation.*or a list of conversations"):
+            use(shapes, given)
 
 
 def test_experiments_ask_for_one_answer(shapes: Any) -> None:

@@ -41,9 +41,58 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         ml.load(tmp_path)
 
 
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("shapez", "shapes"), ("Shapes", "shapes"), ("smolvl", "smol-vl"), ("speach", "speech")],
+)
+def test_a_name_almost_right(name: str, near: str) -> None:
+    said = rf"'{name}'\. Did you mean '{near}'\?.*folder.*owner/name.*'shapes', 'smol-audio'"
+    with pytest.raises(FileNotFoundError, match=said):
+        ml.load(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5-small", "distilgpt2", "owner/shapez"])
+def test_names_on_the_hub_are_not_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def ask(path: str, **_: Any) -> None:
+        asked.append(path)
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    with pytest.raises(OSError):  # noqa: PT011 (ours)
+        ml.load(name)
+    assert asked == [name]
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_a_path_that_ends_in_a_slash() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder shapez/\. Name a checkpoint folder"):
+        ml.load("shapez/")
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_an_empty_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the folder that one is in."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"name of the model is empty.*'shapes'"):
+        ml.load("")
+
+
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize("given", [None, 3, torch.nn.Linear(2, 2), torch.nn.Linear])
+def test_neither_a_name_nor_a_path(given: Any) -> None:
+    kind = given if isinstance(given, type) else type(given)
+    said = rf"name or a path, not {kind.__name__}\. .*'shapes'.*ml\.wrap\(model, processor\)"
+    with pytest.raises(TypeError, match=said):
+        ml.load(given)
+
+
 def test_a_name_that_nobody_knows() -> None:
-    with pytest.raises(OSError, match="shape") as caught:
-        ml.load("shape")
+    with pytest.raises(OSError, match="huggingface") as caught:
+        ml.load("no-such-model")
     assert (
         "'shapes', 'smol-audio', 'smol-omni', 'smol-vl', 'smollm2', 'speech'"
         in caught.value.__notes__[0]
