@@ -14,7 +14,7 @@ from torch import Tensor
 from miner_lens.data.media import load_media
 from miner_lens.data.sample import Message, SampleError
 from miner_lens.models.bridge_methods import require_count
-from miner_lens.models.collate import MASK, collate, masked
+from miner_lens.models.collate import MASK, brings_media, collate, masked
 from miner_lens.models.collate import Inputs as Inputs
 from miner_lens.models.inside import bare, hf_model_of, is_bridge, processor_of
 from miner_lens.models.mistral import is_mistral
@@ -54,6 +54,12 @@ _HARMLESS = {
 TOO_MANY = (
     "{search} finds fewer answers than num_return_sequences={count}. Pass do_sample=True here to "
     "sample them (with num_beams=1), or num_beams={count} or more for the best of a beam search."
+)
+
+MIXED_UP = (
+    "Beam search in transformers gives the copies of a conversation the media of others here, as "
+    "this model takes media one by one. Ask without beams (do_sample=True), or about one medium in "
+    "each conversation."
 )
 
 # `run` renders in a thread of its own; neither tokenizers nor half-opened images can be shared.
@@ -289,13 +295,42 @@ def generate(
     if count > beams and (beams > 1 or not options.get("do_sample")):
         search = "Greedy decoding" if beams == 1 else f"Beam search with num_beams={beams}"
         raise ValueError(TOO_MANY.format(search=search, count=count))
-    batch = prepare_inputs(model, conversations, **(processor_kwargs or {}))
+    prepare = partial(prepare_inputs, model, **(processor_kwargs or {}))
+    batch = prepare(conversations)
+    copies = max(beams, count)
+    if copies > 1 and brings_media(batch):
+        repeated = prepare([each for each in conversations for _ in range(copies)])
+        if not _repeats(model, batch, copies, repeated):
+            if beams > 1:
+                raise ValueError(MIXED_UP)
+            batch, options["num_return_sequences"] = repeated, 1
     answers = generate_from(model, batch, max_new_tokens, **options)
     each = len(answers) // len(conversations)
     if each == 1:
         return answers[0] if single else answers
     lists = [answers[first : first + each] for first in range(0, len(answers), each)]
     return lists[0] if single else lists
+
+
+def _repeats(model: Any, batch: Inputs, copies: int, repeated: Inputs) -> bool:
+    """Return True if generation gives each copy of a conversation the media of that conversation.
+
+    By default transformers repeats tensors row by row, also where a row is a medium and not a
+    conversation: two sounds of one conversation become two of the first, then two of the second.
+    Pictures and videos that it encodes before it repeats are right.
+    """
+    hf_model = hf_model_of(model)
+    _, inputs = hf_model._expand_inputs_for_generation(expand_size=copies, **batch)
+    encoded = {"input_ids"}
+    if "mm_encoder_outputs" in inspect.signature(hf_model.forward).parameters:
+        for kind in ("image", "video"):
+            if read_features := getattr(hf_model.base_model, f"get_{kind}_features", None):
+                encoded |= set(inspect.signature(read_features).parameters)
+    return all(
+        torch.equal(inputs[name], value)
+        for name, value in repeated.items()
+        if isinstance(value, Tensor) and name not in encoded
+    )
 
 
 def _conversations(messages: Any) -> tuple[bool, list[Any]]:

@@ -276,6 +276,27 @@ def test_several_samples_of_transformer_lens(family: str, cached: bool) -> None:
         torch.testing.assert_close(ours, theirs.repeat_interleave(3, 0), atol=2e-5, rtol=0)
 
 
+def test_copies_of_a_conversation_hear_their_own_sounds() -> None:
+    """Each answer is that of the conversation by itself, also with several sounds in it."""
+    model = ml.load("speech", device="cpu")
+    first, second = (
+        sample.messages for sample in ml.datasets.load("spoken-scenes", limit=2, ask="audio")
+    )
+    together = [
+        {"role": "user", "content": [part for m in (first, second) for part in m[-1]["content"]]}
+    ]
+    alone = [ml.generate(model, messages, 6) for messages in (first, together)]
+    assert alone[0] != alone[1]
+    options = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    found = ml.generate(model, [first, together], 6, **options)
+    assert found == [[answer] * 3 for answer in alone]
+    beams = {"num_beams": 2, "num_return_sequences": 2}
+    with pytest.raises(ValueError, match="one medium in each conversation"):
+        ml.generate(model, [first, together], 6, **beams)
+    both = ml.generate(model, [first, second], 6, **beams)
+    assert both == [ml.generate(model, messages, 6, **beams) for messages in (first, second)]
+
+
 def test_samples_of_one_prompt_differ(shapes: Any) -> None:
     inputs = ml.inputs(shapes, ASKED[0].messages)
     options = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 4}
