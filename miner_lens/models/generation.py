@@ -295,15 +295,16 @@ def generate(
     if count > beams and (beams > 1 or not options.get("do_sample")):
         search = "Greedy decoding" if beams == 1 else f"Beam search with num_beams={beams}"
         raise ValueError(TOO_MANY.format(search=search, count=count))
-    prepare = partial(prepare_inputs, model, **(processor_kwargs or {}))
-    batch = prepare(conversations)
+    told = processor_kwargs or {}
+    batch = prepare_inputs(model, conversations, **told)
     copies = max(beams, count)
     if copies > 1 and brings_media(batch):
-        repeated = prepare([each for each in conversations for _ in range(copies)])
-        if not _repeats(model, batch, copies, repeated):
+        repeated = [conversation for conversation in conversations for _ in range(copies)]
+        expected = prepare_inputs(model, repeated, **told)
+        if not _repeats(model, batch, copies, expected):
             if beams > 1:
                 raise ValueError(MIXED_UP)
-            batch, options["num_return_sequences"] = repeated, 1
+            batch, options["num_return_sequences"] = expected, 1
     answers = generate_from(model, batch, max_new_tokens, **options)
     each = len(answers) // len(conversations)
     if each == 1:
@@ -312,7 +313,7 @@ def generate(
     return lists[0] if single else lists
 
 
-def _repeats(model: Any, batch: Inputs, copies: int, repeated: Inputs) -> bool:
+def _repeats(model: Any, batch: Inputs, copies: int, expected: Inputs) -> bool:
     """Return True if generation gives each copy of a conversation the media of that conversation.
 
     By default transformers repeats tensors row by row, also where a row is a medium and not a
@@ -328,7 +329,7 @@ def _repeats(model: Any, batch: Inputs, copies: int, repeated: Inputs) -> bool:
                 encoded |= set(inspect.signature(read_features).parameters)
     return all(
         torch.equal(inputs[name], value)
-        for name, value in repeated.items()
+        for name, value in expected.items()
         if isinstance(value, Tensor) and name not in encoded
     )
 
