@@ -18,8 +18,8 @@ KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 UNTOLD = (
     "A checkpoint is of one experiment, and it could not tell {what} from another: {why}. Give a "
     "function that reads numbers, texts and tensors only, passed by functools.partial, as default "
-    "arguments or in a closure; or set its attribute `description` to what tells it from others; or "
-    "take it off; or leave out checkpoint."
+    "arguments or in a closure; or set its attribute `description` to what tells it apart; or take "
+    "it off; or leave out checkpoint."
 )
 
 
